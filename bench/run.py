@@ -1,7 +1,7 @@
-"""Runs the benchmarks: ``python bench/run.py cpu``, or networks, files, gpu, threads.
+"""Runs the benchmarks: ``python bench/run.py cpu``, or networks, files, scale, gpu, threads.
 
-What follows holds for cpu, networks and files; for the others see gpu.py and threads.py. Each case first checks that
-kpcore and its peers agree, then measures.
+What follows holds for cpu, networks and files; for the others see scale.py, gpu.py and threads.py. Each case first
+checks that kpcore and its peers agree, then measures.
 
 Every task runs in a new process that is pinned to as many cores as it has threads. Before anything is imported,
 OMP_NUM_THREADS and similar variables are set and OpenBLAS's variables are removed, so that OpenMP, TBB, OpenBLAS and
@@ -365,11 +365,13 @@ def main():
     import cases
     import files
     import networks
+    import scale
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("device", choices=["cpu", "files", "gpu", "networks", "threads"])
+    parser.add_argument("device", choices=["cpu", "files", "gpu", "networks", "scale", "threads"])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--only", choices=[*cases.TASKS, *files.TASKS, *networks.TASKS], help="run only this case")
+    known = [name for module in (cases, files, networks, scale) for name in module.TASKS]
+    parser.add_argument("--only", choices=known, help="run only this case")
     parser.add_argument("--out", type=Path, help="folder for the results; by default bench/results for a complete run")
     parser.add_argument("--readme", action="store_true", help="also write the judged rows into README.md")
     parser.add_argument(
@@ -383,7 +385,7 @@ def main():
     complete = not (options.quick or options.only)
     if options.readme and not (complete and options.device == "networks"):
         parser.error("--readme: only valid for a complete run of networks, without --quick and --only")
-    cases = {"networks": networks, "files": files}.get(options.device, cases)
+    cases = {"networks": networks, "files": files, "scale": scale}.get(options.device, cases)
     if options.only and options.only not in cases.TASKS:
         parser.error(f"--only: expected one of {', '.join(cases.TASKS)}, got {options.only}")
     out = options.out = options.out or (HERE / "results" if complete else None)
@@ -401,7 +403,8 @@ def main():
         cases.prepare(Path(folder), cases.SIZES["quick" if options.quick else "full"])
         shared = {"folder": folder, "module": cases.__name__, "quick": options.quick, "most_threads": len(cores)}
         for case in [options.only] if options.only else cases.TASKS:
-            fewest_threads = len(cores) if options.quick or case == "growth" or cases in (networks, files) else 1
+            on_all_cores = options.quick or case == "growth" or cases in (networks, files, scale)
+            fewest_threads = len(cores) if on_all_cores else 1
             for arguments in cases.TASKS[case]:
                 for threads in range(fewest_threads, len(cores) + 1):
                     task = shared | {"case": case, "arguments": arguments, "cores": cores[:threads]}

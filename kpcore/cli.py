@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -22,8 +23,19 @@ import numpy as np
 
 import kpcore as kp
 from kpcore import _openmp
-from kpcore.config import config_rows, require
-from kpcore.console import Progress, Refused, classes_in_mean, detail, make_folder, print_line, printing, say
+from kpcore.config import config_rows, free_memory, require
+from kpcore.console import (
+    Progress,
+    Refused,
+    classes_in_mean,
+    detail,
+    duration,
+    make_folder,
+    plain,
+    print_line,
+    printing,
+    say,
+)
 from kpcore.files import check_writable, expanded, replacing
 from kpcore.nn.blocks import MOST_CHANNELS, MOST_LEVELS
 from kpcore.nn.published_arrays import CLIENTS
@@ -33,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
+    from kpcore.io.scans import Scan
     from kpcore.pipeline.data import PartClouds
     from kpcore.pipeline.model import Model
     from kpcore.pipeline.segmentation import Segmented
@@ -42,6 +55,8 @@ if TYPE_CHECKING:
 
 CONFUSION = "confusion.csv"
 QUIET, VERBOSE = "quiet", "verbose"
+MOST_FILES_LISTED = 20  # of a survey, without -v
+BYTES_OF_POINT = 300  # of a LAS that is labelled whole: coordinates, fields, probabilities
 FORMATS = ("laz", "las", "ply", "npz", "pcd", "csv")  # that --format names
 DONE, FAULT, REFUSED, FAILED, NOT_TRUSTED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
 EXIT_CODES = {
@@ -77,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, results = _run(args, words)
     if args.json:
         command = {"command": args.command, "exit_code": code}
-        print(json.dumps(_plain(command | results | {"warnings": args.warned.lines})))
+        print(json.dumps(plain(command | results | {"warnings": args.warned.lines})))
     return code
 
 
@@ -210,19 +225,6 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _plain(value: Any) -> Any:
-    """A value of types that JSON has; numbers that are not finite, which it has not, become null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    if isinstance(value, (np.ndarray, np.generic)):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int)) else str(value)
-
-
 # ---- options
 
 
@@ -295,6 +297,16 @@ def _ignored(text: str) -> tuple[int | str, ...]:
     except ValueError:
         expected = f"labels, and flags of {', '.join(FLAGS)}, such as 7,18,withheld"
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+
+def _bytes(text: str) -> int:
+    """A size such as 8GB, 500MB or 1.5GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]i?)?[bB]?", text.strip())
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"expected a size such as 8GB or 500MB, got {text!r}")
+    unit = (match[2] or "").lower()
+    power = " kmgt".index(unit[0]) if unit else 0
+    return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
 
 
 def _factors(text: str) -> str | tuple[float, float]:
@@ -490,12 +502,15 @@ def parser() -> argparse.ArgumentParser:
         "segment", _segment, "label scans with a trained network",
         "Writes a copy of each scan with labels; everything else in it stays the same. If a scan has labels already, "
         "the scores and the confusion matrix against them are printed. Files that cannot be labelled are listed at the "
-        "end, the others are done nevertheless.",
+        "end, the others are done nevertheless. LAS, LAZ and COPC files of one survey are labelled as if they were one "
+        "cloud, which need not fit into memory; the first line says whether they are one.",
         "kpcore segment best.safetensors scan.laz --out labelled.laz\n"
         "kpcore segment best.safetensors tiles/ --out labelled --keep 7,9,18 --confidence\n"
         "kpcore segment best.safetensors tiles/ --out labelled --resume\n"
         "kpcore segment best.safetensors 'tiles/**/*.ply' --out labelled --format laz\n"
-        "kpcore segment best.safetensors feet.laz --out labelled.laz --scale 0.3048 --strict",
+        "kpcore segment best.safetensors feet.laz --out labelled.laz --scale 0.3048 --strict\n"
+        "kpcore segment best.safetensors survey/ --out labelled --memory 8GB --workers 4 --scratch /fast/disk\n"
+        "kpcore segment best.safetensors survey/ --out labelled --dask tcp://scheduler:8786 --resume",
         FAILED, NOT_TRUSTED,
     )  # fmt: skip
     segment.add_argument("model", **trained)
@@ -514,7 +529,37 @@ def parser() -> argparse.ArgumentParser:
     )
     segment.add_argument(
         "--resume", action="store_true",
-        help="skip scans that have a copy in the folder already; its options and model are not compared",
+        help="go on after an interruption: of a survey, with the same model and options; of separate scans, skip those "
+        "that have a copy in the folder already, the options and model of which are not compared",
+    )  # fmt: skip
+    one_or_each = segment.add_mutually_exclusive_group()
+    one_or_each.add_argument(
+        "--together", action="store_true", default=None,
+        help="label LAS, LAZ and COPC files as one survey (default: if they have one reference system and lie side by "
+        "side)",
+    )  # fmt: skip
+    one_or_each.add_argument(
+        "--separate", dest="together", action="store_false", help="label each file by itself, without its neighbours"
+    )
+    segment.add_argument(
+        "--memory", type=_bytes, metavar="SIZE",
+        help="memory for this process and its workers, such as 8GB (default: half of what is free); files that need "
+        "more are labelled in parts, with the same result",
+    )  # fmt: skip
+    segment.add_argument(
+        "--scratch", type=_path, metavar="DIR",
+        help="folder for points and results until the end, which all workers reach (default: that of --out)",
+    )  # fmt: skip
+    engine = segment.add_mutually_exclusive_group()
+    engine.add_argument("--workers", type=_up_to(1024), metavar="N", help="label in N processes (default: in this one)")
+    engine.add_argument(
+        "--dask", metavar="ADDRESS",
+        help="label on the workers of a scheduler of Dask, such as tcp://host:8786, which reach the same folders; "
+        "local:4 starts four here",
+    )  # fmt: skip
+    segment.add_argument(
+        "--probabilities", action="store_true",
+        help="write the probabilities of all classes of a survey to probabilities.zarr in the folder --out",
     )  # fmt: skip
     method(segment)
     segment.add_argument("--votes", type=_up_to(1000), help="votes for each place (default: as in the settings)")
@@ -542,7 +587,10 @@ def parser() -> argparse.ArgumentParser:
         help="multiply coordinates by this before the network sees them: 0.3048 for a scan in feet where training was "
         "in metres; 0.3048,1 if only x and y are in feet; auto for the units that the file names",
     )  # fmt: skip
-    segment.add_argument("--picture", type=_path, metavar="PNG", help="picture of the labels of one scan")
+    segment.add_argument(
+        "--picture", type=_path, metavar="PNG",
+        help="picture of the labels of one scan; that of a survey is overview.png in the folder --out",
+    )  # fmt: skip
     with_theme(segment)
     strict(segment)
 
@@ -976,6 +1024,8 @@ def _segment(args: argparse.Namespace) -> dict[str, Any]:
     except ValueError as error:
         raise Refused(f"--{error}") from None
     copies = _copies(args)
+    if (survey := _survey(args, model, copies)) is not None:
+        return survey
     names = ("method", "votes", "category", "keep", "into", "confidence", "unclassified", "ignore", "scale")
     options = {name: getattr(args, name) for name in names}
     if copies is None:
@@ -991,6 +1041,106 @@ def _segment(args: argparse.Namespace) -> dict[str, Any]:
     args.resumable = lambda: True
     with _ended_by_sigterm():
         return _segment_all(args, model, copies, options)
+
+
+def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | None) -> dict[str, Any] | None:
+    """Label LAS, LAZ and COPC files as one survey; None if each is to be labelled by itself."""
+    from kpcore.io import ReadError, scans
+    from kpcore.pipeline import surveys
+
+    sources = args.files if copies is None else [*copies]
+    asked = [f"--{name}" for name in ("together", "workers", "dask", "probabilities", "scratch") if getattr(args, name)]
+    if why_not := _why_no_survey(args, model, sources):
+        if asked:
+            raise Refused(f"{asked[0]}: only valid for a survey of LAS, LAZ and COPC files: {why_not}")
+        if len(sources) > 1:
+            say(f"each of the {len(sources):,} files is labelled by itself: {why_not}")
+        return None
+    headers = []
+    for source in sources:
+        try:
+            scan = scans.opened(source)
+            headers.append(scan if scan.low else scans.measured(scan))
+        except ReadError as error:  # told at the end
+            if len(sources) == 1:
+                raise
+            detail(error)
+    decision = surveys.decide(headers, args.together) if headers else surveys.Decision(False, "no file can be read")
+    if len(sources) > 1:
+        say(decision.reason)
+    if not decision.together:
+        if asked:
+            raise Refused(f"{asked[0]}: only valid for a survey: {decision.reason}")
+        return None
+    if copies is None and not asked and not _is_large(args, headers[0]):
+        return None
+    with Progress("reading") as progress:
+        return _segment_survey(args, model, sources, args.out, progress)
+
+
+def _why_no_survey(args: argparse.Namespace, model: Model, sources: Sequence[Path]) -> str | None:
+    """Why files cannot be labelled piece by piece, if so."""
+    from kpcore.io import scans
+    from kpcore.pipeline import labelling
+
+    if args.category is not None:
+        return "a network of parts labels single objects"
+    method, notes = labelling.chosen_method(model, args.method, args.votes)
+    if method != "blocks":
+        return notes[0] if notes else "potentials need a whole cloud"
+    suffix = f".{args.format}" if args.format else args.out.suffix.lower() if len(sources) == 1 else ""
+    if suffix and suffix not in scans.EXTENSIONS and (args.format or not args.out.is_dir()):
+        return f"{suffix[1:].upper()} files are not written piece by piece"
+    others = [source for source in sources if source.suffix.lower() not in scans.EXTENSIONS]
+    return f"{others[0].name} is no LAS, LAZ or COPC file" if others else None
+
+
+def _is_large(args: argparse.Namespace, scan: Scan) -> bool:
+    """Whether a file needs more memory than it may take if it is read whole."""
+    return scan.num_points * BYTES_OF_POINT > (args.memory or free_memory() / 2)
+
+
+def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Path], out: Path,
+                    progress: Progress) -> dict[str, Any]:  # fmt: skip
+    """Label a survey; what --json prints of it."""
+    from kpcore.pipeline import voting
+    from kpcore.pipeline.tiled import segment_tiles
+
+    args.resumable = lambda: True
+
+    def watch(what: str, done: float, note: str) -> None:
+        if what == "worker":
+            detail(note)
+        else:
+            progress.to(done, what, note)
+
+    names = ("memory", "scratch", "resume", "dask", "format", "keep", "into", "confidence", "unclassified",
+             "probabilities", "ignore", "scale", "theme")  # fmt: skip
+    options = {name: getattr(args, name) for name in names}
+    with _ended_by_sigterm():
+        survey = segment_tiles(args.model, sources, out, workers=args.workers or 0, report=say, watch=watch, **options)
+    files = []
+    for one in survey.files:
+        scores = None if one.confusion is None else voting.scores(one.confusion, model.settings.names)
+        files.append({"file": one.source, "out": one.out, "points": one.points, "counts": one.counts, "scores": scores,
+                      "confusion": one.confusion, "notes": one.notes, "warnings": []})  # fmt: skip
+        (detail if len(survey.files) > MOST_FILES_LISTED else say)(f"{one.out}: {one.points:,} points labelled")
+        for note in one.notes:
+            detail(f"{one.source}: {note}")
+    seconds = survey.seconds["all"]
+    say(f"{len(files):,} files: {sum(one.points for one in survey.files):,} points in {duration(seconds)}, "
+        f"{survey.points / max(seconds, 1e-9):,.0f} points/s, at most {survey.peak_memory / 2**30:.2g} GiB",
+        *_lines(survey.counts), *survey.notes)  # fmt: skip
+    if survey.scores is not None:
+        say(_scores("compared with the labels in the files", survey.scores, model.settings.classifies))
+        say(*_confusion_lines(model.settings.names, survey.confusion))
+    failed = [{"file": file, "error": error} for file, error in survey.failed.items()]
+    return {
+        "files": files, "failed": failed, "skipped": [], "classes": model.settings.names, "counts": survey.counts,
+        "scores": survey.scores, "confusion": survey.confusion, "seconds": survey.seconds, "points": survey.points,
+        "points_per_second": survey.points / max(seconds, 1e-9), "peak_memory": survey.peak_memory,
+        "groups": survey.groups, "close": survey.close, "notes": survey.notes,
+    }  # fmt: skip
 
 
 def _copies(args: argparse.Namespace) -> dict[Path, Path] | None:
@@ -1018,22 +1168,19 @@ def _copies(args: argparse.Namespace) -> dict[Path, Path] | None:
         raise Refused(f"--out {args.out}: expected a folder for {len(sources)} scans, got a file")
     if args.out.suffix.lower()[1:] in FORMATS and not args.out.is_dir():
         raise Refused(f"--out {args.out}: expected the name of a folder for {len(sources)} scans, got that of a file")
-    copies, taken = {}, {}
+    copies = {}
     for source in sources:
-        name = f"{source.stem}.{args.format}" if args.format else source.name
-        if (other := taken.setdefault(name.casefold(), source)) is not source:
-            raise Refused(f"{source}: its copy would be {args.out / name}, as that of {other}")
-        copies[source] = args.out / name
-    originals = {os.path.realpath(source) for source in sources}
-    for copy in copies.values():
-        if os.path.realpath(copy) in originals:
-            raise Refused(f"--out {args.out}: the scan {copy} would be replaced by a copy; expected another folder")
+        if source in copies:
+            raise Refused(f"{source}: expected each scan once, got it twice")
+        copies[source] = args.out / filenames.copy_name(source, args.format)
+    filenames.check_copies(copies)
     return copies
 
 
 def _segment_all(args: argparse.Namespace, model: Model, copies: dict[Path, Path],
                  options: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
     """Label several scans; those that fail are in the results, and do not keep the others from being labelled."""
+    from kpcore.io import scans
     from kpcore.pipeline import voting
 
     skipped = [source for source, copy in copies.items() if args.resume and copy.exists()]
@@ -1049,7 +1196,10 @@ def _segment_all(args: argparse.Namespace, model: Model, copies: dict[Path, Path
                 progress.to((number + done) / len(left), f"{number + 1} of {len(left)}", source.name)
 
             try:
-                one, _ = _segment_one(args, model, source, copy, options, watch)
+                if not _why_no_survey(args, model, [source]) and _is_large(args, scans.opened(source)):
+                    one = _segment_large(args, model, source, copy, progress)
+                else:
+                    one, _ = _segment_one(args, model, source, copy, options, watch)
             except Exception as error:
                 failed.append({"file": source, "error": _reason(error)})
                 say(f"{source}: failed")
@@ -1072,6 +1222,15 @@ def _segment_all(args: argparse.Namespace, model: Model, copies: dict[Path, Path
         say(*_confusion_lines(model.settings.names, total))
         results |= {"scores": scores, "confusion": total}
     return results
+
+
+def _segment_large(args: argparse.Namespace, model: Model, source: Path, copy: Path,
+                   progress: Progress) -> dict[str, Any]:  # fmt: skip
+    """Label a scan that does not fit into memory; what --json prints of it."""
+    results = _segment_survey(args, model, [source], copy, progress)
+    for failed in results["failed"]:
+        raise Refused(failed["error"])
+    return results["files"][0] | {"seconds": results["seconds"]["all"], "notes": results["notes"]}
 
 
 def _segment_one(args: argparse.Namespace, model: Model, source: Path, copy: Path, options: dict[str, Any],

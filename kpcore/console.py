@@ -7,11 +7,14 @@ as `kpcore.cli` then prints one object.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from kpcore.config import require
 
@@ -158,3 +161,16 @@ def make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refused(f"--out {out}: {error.strerror}") from None
+
+
+def plain(value: Any) -> Any:
+    """A value of types that JSON has; numbers that are not finite, which it has not, become null."""
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else str(value)

@@ -36,7 +36,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 is_created = False
                 raise
             yield part
-            _to_disk(part)
+            to_disk(part)
             os.replace(part, path)
         finally:
             if is_created:
@@ -72,7 +72,7 @@ def _create(part: Path) -> None:
     os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # O_EXCL: an error if a file or link exists
 
 
-def _to_disk(part: Path) -> None:
+def to_disk(part: Path) -> None:
     """Write the bytes to disk: some file systems report a full disk only here, or lose the bytes in a crash."""
     file = os.open(part, os.O_RDWR)  # Windows flushes no file that is open for reading only
     try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from kpcore.io import Cloud
+    from kpcore.io import Cloud, Reference
 
 MARK = (60, 220, 90)
 DPI, MARGIN, GAP, TOP = 150, 48, 24, 130  # lengths are in pixels
@@ -154,13 +154,9 @@ def draw_classes(path: str | os.PathLike[str], title: str, subtitle: str, cloud:
     across_box, up_box = (view.box[1] - view.box[0])[:2]
     h = int(np.clip(w * up_box / (across_box or 1), 0.3 * w, w))
     width = 2 * MARGIN + len(panels) * w + (len(panels) - 1) * GAP
-    column = 26 + max(_text_width(f"{name}  {number}", _LEGEND_SIZE) for group in legend for name, number, _ in group)
-    column = min(column + 30, width - 2 * MARGIN)
-    across = max(1, (width - 2 * MARGIN) // column)
-    rows = [-(-len(group) // across) for group in legend]
     if np.isfinite(view.max_height):
         subtitle += " · ceiling and near walls are cut away"
-    page = Page(width, TOP + h + 160 + _LEGEND_LINE * sum(rows) + 20 * (len(rows) - 1) + 30, title, subtitle, theme)
+    page = Page(width, TOP + h + 160 + legend_height(legend, width) + 30, title, subtitle, theme)
     radius = drawn_radius(view, cloud.points, w, h)
     for i, (name, colors) in enumerate(panels):
         x = MARGIN + i * (w + GAP)
@@ -169,7 +165,103 @@ def draw_classes(path: str | os.PathLike[str], title: str, subtitle: str, cloud:
     draw_scale(page, view, radius, (w, h), MARGIN, TOP + h + 90, unit or unit_of(cloud))
     if on_map(cloud):
         draw_north(page, view, width - MARGIN - 50, TOP + h + 66)
-    y = TOP + h + 160
+    draw_legend(page, legend, TOP + h + 160)
+    page.write(path)
+
+
+def draw_map(path: str | os.PathLike[str], title: str, subtitle: str, image: np.ndarray, low: np.ndarray,
+             high: np.ndarray, pixel: float, outlines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+             legend: Sequence[Sequence[tuple[str, str, np.ndarray]]], *, is_map: bool, theme: str = "dark",
+             unit: str | None = None) -> None:  # fmt: skip
+    """Write a picture of a raster seen from above, with outlines, a scale bar, and an arrow to the north for maps.
+
+    Parameters
+    ----------
+    path : str or Path
+    title, subtitle : str
+    image : (rows, columns, 4) uint8
+        Colours of the pixels, of which the last value is 255, or 0 for a pixel that shows what is behind; the first row
+        is that of the smallest y.
+    low, high : (2,) float64
+        Coordinates of the lower corner of the first pixel, and of the upper end of the map, in the last pixels.
+    pixel : float
+        The side of a pixel, in the unit of the coordinates.
+    outlines : sequence of (name, (2,) or (3,) lower corner, upper corner)
+        Boxes, such as those of tiles. Names are written in those where they have room, if there are at most 40.
+    legend, theme, unit : see `draw_classes`
+    is_map : bool
+        Whether +y is the north.
+    """
+    rows, columns = image.shape[:2]
+    zoom = int(np.clip(_LONGEST_MAP / max(rows, columns), 1, 100))  # whole, so that all pixels are equal
+    # The last pixels are cut where the box ends.
+    w, h = np.clip(np.ceil(zoom / pixel * (high - low)), zoom, (zoom * columns, zoom * rows)).astype(int).tolist()
+    box_w, box_h = max(w, 240), max(h, 60)
+    width = max(box_w + 2 * MARGIN, 900)
+    page = Page(width, TOP + box_h + 170 + legend_height(legend, width) + 30, title, subtitle, theme)
+    x, y = (width - w) / 2, TOP + (box_h - h) / 2
+    axes = page.panel(x - 8, y - 8, w + 16, h + 16)
+    corners = [zoom / pixel * (np.array([a[:2], b[:2]], np.float64) - low) for _, a, b in outlines]
+    thin = 0.9 if len(corners) <= 100 else 0.4
+    _add_boxes(axes, corners, facecolor=page.theme.empty, edgecolor="none", zorder=1)
+    squares, ends = image.repeat(zoom, axis=0).repeat(zoom, axis=1), (0, zoom * columns, 0, zoom * rows)
+    shown = axes.imshow(squares, interpolation="none", aspect="auto", origin="lower", extent=ends, zorder=2)
+    axes.set(xlim=(-8, w + 8), ylim=(-8, h + 8))
+    shown.set_clip_path(require("matplotlib.patches", "plot").Rectangle((0, 0), w, h, transform=axes.transData))
+    _add_boxes(axes, corners, facecolor="none", edgecolor=page.theme.text, linewidth=thin, alpha=0.6, zorder=3)
+    if len(corners) <= 40:
+        for (name, *_), (least, most) in zip(outlines, corners, strict=True):
+            _name_box(page, x, y + h, name, least, most)
+    right = MARGIN if w < box_w else x
+    draw_bar(page, zoom / pixel, max(w, box_w), right, TOP + box_h + 96, unit)
+    if is_map:
+        _draw_arrow(page, np.array([0.0, -1.0]), width - right - 40, TOP + box_h + 80)
+    draw_legend(page, legend, TOP + box_h + 170)
+    page.write(path)
+
+
+_LONGEST_MAP = 1400  # pixels
+
+
+def _add_boxes(axes: Any, corners: Sequence[np.ndarray], **style: Any) -> None:
+    collections = require("matplotlib.collections", "plot")
+    squares = [[(a[0], a[1]), (b[0], a[1]), (b[0], b[1]), (a[0], b[1])] for a, b in corners]
+    axes.add_collection(collections.PolyCollection(squares, **style), autolim=False)
+
+
+def _name_box(page: Page, x: float, y: float, name: str, least: np.ndarray, most: np.ndarray) -> None:
+    """The name of a box in its upper left corner; (x, y) is the place of the corners' origin on the page.
+
+    A box with less room than six letters gets none.
+    """
+    patheffects = require("matplotlib.patheffects", "plot")
+    size = 8
+    room = most[0] - least[0] - 12
+    if room < _text_width("letter", size) or most[1] - least[1] < 26:
+        return
+    around = patheffects.withStroke(linewidth=2.2, foreground=page.theme.background)
+    page.text(x + least[0] + 6, y - most[1] + 20, shortened(name, room, size), size, path_effects=[around])
+
+
+def _legend_lines(legend: Sequence[Sequence[tuple[str, str, np.ndarray]]], width: int) -> tuple[int, int, list[int]]:
+    """(width of a column, number of columns, number of lines of each group) on a page of a width."""
+    column = 26 + max(
+        (_text_width(f"{name}  {number}", _LEGEND_SIZE) for group in legend for name, number, _ in group), default=0
+    )
+    column = min(column + 30, width - 2 * MARGIN)
+    across = max(1, (width - 2 * MARGIN) // column)
+    return column, across, [-(-len(group) // across) for group in legend]
+
+
+def legend_height(legend: Sequence[Sequence[tuple[str, str, np.ndarray]]], width: int) -> int:
+    """The height in pixels of a legend as `draw_legend` draws it on a page of a width."""
+    _, _, rows = _legend_lines(legend, width)
+    return _LEGEND_LINE * sum(rows) + 20 * (len(rows) - 1)
+
+
+def draw_legend(page: Page, legend: Sequence[Sequence[tuple[str, str, np.ndarray]]], y: float) -> None:
+    """Squares of colours with names and numbers in columns; a group begins a line. The first line is at y."""
+    column, across, rows = _legend_lines(legend, page.width)
     for group, lines in zip(legend, rows, strict=True):
         for i, (name, number, color) in enumerate(group):
             x, below = MARGIN + i % across * column, y + _LEGEND_LINE * (i // across)
@@ -178,7 +270,6 @@ def draw_classes(path: str | os.PathLike[str], title: str, subtitle: str, cloud:
             page.text(x + 30, below, name, _LEGEND_SIZE)
             page.text(x + 30 + _text_width(f"{name}  ", _LEGEND_SIZE), below, number, _LEGEND_SIZE, page.theme.pale)
         y += _LEGEND_LINE * lines + 20
-    page.write(path)
 
 
 def draw_confusion(path: Path, title: str, subtitle: str, names: Sequence[str], confusion: np.ndarray, *,
@@ -271,7 +362,12 @@ def on_map(cloud: Cloud) -> bool:
 
 def unit_of(cloud: Cloud) -> str | None:
     """The unit of x and y that a file states, "m" or "ft"; None for other units, and where it states none."""
-    metres = None if cloud.reference is None else cloud.reference.horizontal
+    return stated_unit(cloud.reference)
+
+
+def stated_unit(reference: Reference | None) -> str | None:
+    """The unit of x and y of a reference system, "m" or "ft"; None for other units, and where it states none."""
+    metres = None if reference is None else reference.horizontal
     if metres is None:
         return None
     return "m" if metres == 1 else "ft" if abs(metres - 0.3048) < 1e-5 else None
@@ -283,8 +379,12 @@ def draw_scale(page: Page, view: View, radius: float, size: tuple[int, int], x: 
 
     It holds for lengths along the width of the image, which are level.
     """
-    pixels = pixels_of_unit(view.box, radius, *size)
-    length = round_length(size[0] / (4 * pixels))
+    draw_bar(page, pixels_of_unit(view.box, radius, *size), size[0], x, y, unit)
+
+
+def draw_bar(page: Page, pixels: float, width: int, x: float, y: float, unit: str | None) -> None:
+    """A bar of a round length, at most a quarter of a width in pixels; `pixels` are those of a length of 1."""
+    length = round_length(width / (4 * pixels))
     page.line([x, x, x + length * pixels, x + length * pixels], [y - 12, y, y, y - 12])
     page.text(x + length * pixels + 12, y, length_words(length, unit), 11)
 
@@ -292,7 +392,10 @@ def draw_scale(page: Page, view: View, radius: float, size: tuple[int, int], x: 
 def draw_north(page: Page, view: View, x: float, y: float) -> None:
     """An arrow along +y as the view shows it, around x, y, with the letter N before its tip."""
     right, above = view.axes[:2, 1]
-    direction = np.array([right, -above]) / max(math.hypot(right, above), 1e-9)
+    _draw_arrow(page, np.array([right, -above]) / max(math.hypot(right, above), 1e-9), x, y)
+
+
+def _draw_arrow(page: Page, direction: np.ndarray, x: float, y: float) -> None:
     tip, tail = np.array([x, y]) + 26 * direction, np.array([x, y]) - 26 * direction
     side = 8 * np.array([-direction[1], direction[0]])
     back = tip - 18 * direction

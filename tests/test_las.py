@@ -5,12 +5,14 @@ import itertools
 import os
 import struct
 import tracemalloc
+from decimal import Decimal
 
+import copc_files
 import numpy as np
 import pytest
 from files import LABELS, POINTS, las, laz, patched, refusal
 
-from kpcore.io import ReadError, read, write_labels
+from kpcore.io import ReadError, formats, read, write_labels
 from kpcore.io import las as las_reader
 
 SIZES = (20, 28, 26, 34, 57, 63, 30, 36, 38, 59, 67)  # of points, by their format
@@ -165,6 +167,47 @@ def test_all_but_the_labels_stays_as_it_was(tmp_path, name, out):
         np.testing.assert_array_equal(read(tmp_path / f"c.{out}", label="classification").labels, labels)
 
 
+def dimensions_of(path):
+    """Every dimension of a file, by name, as laspy reads it."""
+    laspy = pytest.importorskip("laspy")
+    data = path.read_bytes()
+    points = laspy.read(io.BytesIO(ascii_only(patched(data, 25, "<B", max(data[25], 1)))))
+    return {name: np.asarray(points[name]) for name in points.point_format.dimension_names}
+
+
+@pytest.mark.parametrize("name", [*CASES, "copc 6", "copc 7", "copc 8"])
+def test_labels_written_in_blocks_change_no_other_dimension(tmp_path, name, monkeypatch):
+    """Of every point format, from LAS, LAZ and COPC, to LAS and LAZ, as laspy reads them, and byte by byte."""
+    pytest.importorskip("lazrs")
+    monkeypatch.setattr("kpcore.io.las.BLOCK", 33)
+    if name in CASES:
+        (tmp_path / "a.las").write_bytes(CASES[name])
+        write_labels(tmp_path / "a.las", tmp_path / "b.laz", np.arange(100) % 32)
+        sources = [tmp_path / "a.las", tmp_path / "b.laz"]
+    else:
+        form = int(name[5:])
+        made = copc_files.records(np.random.default_rng(form).uniform(0, 50, (100, 3)), form)
+        sources = [tmp_path / "a.copc.laz"]
+        sources[0].write_bytes(copc_files.copc(made, form))
+    labels = (np.arange(100) * 7 + 3) % 32
+    for source, out in itertools.product(sources, [tmp_path / "c.las", tmp_path / "c.laz"]):
+        field = formats.label_field(source, out, 100, values=labels)
+        assert field.write_pieces is not None
+
+        def pieces(first_row, records):
+            rows = np.arange(first_row, first_row + len(records))
+            return rows % 3 != 0, labels[rows[rows % 3 != 0]], {}
+
+        formats.write_pieces(field, source, out, pieces)
+        before, after = dimensions_of(source), dimensions_of(out)
+        assert [*before] == [*after] and len(before) >= 15
+        is_new = np.arange(100) % 3 != 0
+        for one, values in before.items():
+            expected = np.where(is_new, labels, values) if one == "classification" else values
+            np.testing.assert_array_equal(after[one], expected, one)
+        assert_passed_through(source.read_bytes(), out.read_bytes(), np.where(is_new, labels, before["classification"]))
+
+
 @pytest.mark.parametrize("out", ["las", "laz"])
 def test_real_files_pass_through(shared, tmp_path, out):
     pytest.importorskip("lazrs")
@@ -182,12 +225,37 @@ def test_real_files_are_read_as_laspy_reads_them(shared):
     for source in (*shared.rglob("*.las"), *shared.rglob("*.laz")):
         expected = laspy.read(source)
         names = [name for name in expected.point_format.dimension_names if name not in "XYZ"]
-        cloud = read(source, fields=[*names, "x", "Y"], label="classification")
+        cloud = read(source, fields=[*names, "x", "Y"], label="classification", exact=True)
         for name in names:
             np.testing.assert_array_equal(cloud.fields[name.lower()], np.asarray(expected[name], np.float64), name)
-        np.testing.assert_array_equal(cloud.fields["x"], expected.x)
-        np.testing.assert_array_equal(cloud.fields["y"], expected.y)
-        assert np.abs(cloud.points + cloud.shift - expected.xyz).max() == cloud.rounding < 1e-4
+        rounding = 2 * np.spacing(np.abs(expected.xyz).max(axis=0))  # laspy's X * scale + offset is rounded twice
+        assert (np.abs(cloud.exact - expected.xyz) <= rounding).all()
+        assert np.array_equal(cloud.fields["x"], cloud.exact[:, 0])
+        assert np.array_equal(cloud.fields["y"], cloud.exact[:, 1])
+        assert np.abs(cloud.points + cloud.shift - cloud.exact).max() == cloud.rounding < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset", "is_whole"),
+    [
+        ("0.001", "4918340.123", True), ("0.01", "0", True), ("0.00025", "515368.25", True), ("1", "-7", True),
+        ("-0.01", "87.5", True), ("0.125", "0.5", True), ("1e-9", "0.5", True), ("0.05", "1000", True),
+        ("0.001", "0.0005", False), ("0.01", "4918340.123456", False), ("0.003", "0", False), ("2", "1", False),
+        ("1e-9", "9.1e6", False), ("0.0101", "0", False), ("0.001", "1e30", False), ("1e-300", "0", False),
+    ],
+)  # fmt: skip
+def test_coordinates_are_nearest_to_decimal_numbers(write, scale, offset, is_whole):
+    """In whatever steps from whatever offset a file stores them; else, stored * scale + offset."""
+    data = patched(made(6, num=50), 131, "<6d", *[float(scale)] * 3, *[float(offset)] * 3)
+    stored = np.random.default_rng(1).integers(-(2**31), 2**31, (50, 3), dtype=np.int32)
+    stored[:2] = [[-(2**31)] * 3, [2**31 - 1] * 3]
+    points = parts(data)[3].copy()
+    points[:, :12] = stored.astype("<i4").view(np.uint8)
+    fields = read(write("a.las", data[:375] + points.tobytes()), fields=["x", "y", "z"]).fields
+    exact = [[float(Decimal(int(x)) * Decimal(scale) + Decimal(offset)) for x in row] for row in stored]
+    expected = np.array(exact) if is_whole else stored * float(scale) + float(offset)
+    np.testing.assert_array_equal(np.column_stack([*fields.values()]), expected)
+    assert las_reader._standard_dimensions(6, [float(scale)] * 3, [float(offset)] * 3)[0].whole is None or is_whole
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -521,4 +589,4 @@ def test_a_limited_number_of_extended_records_is_read(write, monkeypatch):
     path = write("a.las", patched(made(6, extended=[(b"", 0, b"")] * 9), EXTENDED + 8, "<I", 2**32 - 1))
     monkeypatch.setattr("kpcore.io.las._MOST_RECORDS", 5)
     with path.open("rb") as file:
-        assert len([*las_reader._extended_records(file, file.read(375), 4, path.stat().st_size)]) == 5
+        assert len([*las_reader.extended_records(file, file.read(375), 4, path.stat().st_size)]) == 5

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -112,6 +113,12 @@ class Request(NamedTuple):
     exact: bool = False  #: whether the file's coordinates are to be kept in float64
 
 
+#: pieces(first_row, records) -> (chosen, labels, extra) is called for one block of a LAS after the other, in the order
+#: of the file, with its (n, record size) uint8 records. `chosen`, (n,) bool, says which points of it get `labels`, (m,)
+#: integers, and the {name: (m,) values} of further fields in `extra`.
+Pieces: TypeAlias = "Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray]]]"
+
+
 class LabelField(NamedTuple):
     """The place in a file that labels are written to: an existing field, or a new one."""
 
@@ -123,6 +130,9 @@ class LabelField(NamedTuple):
     #: labels, and these values in further fields. It returns what is missing or changed in the copy, in words.
     write: Callable[[Path, np.ndarray, np.ndarray, Mapping[str, np.ndarray]], list[str]]
     check: Callable[[Path], None] = lambda path: None  #: raises an error if no file can be written to that path
+    #: like `write`, but with `Pieces` instead of whole arrays; None: only copies of LAS and LAZ are written so
+    write_pieces: Callable[[Path, Pieces], list[str]] | None = None
+    extra: Mapping[str, np.dtype] = MappingProxyType({})  #: types of the further fields
 
 
 def check_extra(name: str, present: DTypeLike, dtype: np.dtype) -> None:
@@ -305,10 +315,24 @@ def join_warnings(*messages: str | None) -> str | None:
 
 
 def labels_of(values: np.ndarray, name: str, allow_zeros: bool = False) -> tuple[np.ndarray | None, str | None]:
-    """(labels or None, the reason why there are none) from an array of whole numbers.
+    """(labels or None, the reason why there are none) from an array of whole numbers, all of a file.
 
-    NaN, and the largest value of an unsigned type of 32 or 64 bits, mean a point without a label, which gets -1. An
-    array of zeros (never classified) counts as no labels, unless `allow_zeros`.
+    An array of zeros (never classified) counts as no labels, unless `allow_zeros`, and so does one without any label.
+    """
+    labels, reason = labels_of_some(values, name)
+    if labels is None:
+        return None, reason
+    values = np.asarray(values)
+    if len(labels) and not np.can_cast(values.dtype, np.int32) and (labels == UNLABELED).all():
+        return None, f"{name} is {values.flat[0]} throughout"
+    return (labels, None) if allow_zeros or labels.any() else (None, f"{name} is 0 throughout")
+
+
+def labels_of_some(values: np.ndarray, name: str, are_all: bool = True) -> tuple[np.ndarray | None, str | None]:
+    """(labels or None, the reason why there are none) from whole numbers of a file, each by itself.
+
+    NaN, and the largest value of an unsigned type of 32 or 64 bits, mean a point without a label, which gets -1. The
+    reason has the row of a value that is no label if they are all that the file has (`are_all`).
     """
     values = np.asarray(values)
     if values.ndim == 2 and values.shape[1] == 1:
@@ -316,7 +340,7 @@ def labels_of(values: np.ndarray, name: str, allow_zeros: bool = False) -> tuple
     if values.ndim != 1 or values.dtype.kind not in "fiub":
         return None, f"{name}: expected one number for each point, got {values.shape} {values.dtype}"
     if np.can_cast(values.dtype, np.int32):
-        return (values.astype(np.int32), None) if allow_zeros or values.any() else (None, f"{name} is 0 throughout")
+        return values.astype(np.int32), None
     missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)
     all_bits = values.dtype.type(2**32 - 1) if values.dtype.kind == "f" else 2**32 - 1  # in float32 it is 2**32
     missing |= (values == all_bits) | (values == (2**64 - 1 if values.dtype.kind == "u" else -1))
@@ -324,11 +348,8 @@ def labels_of(values: np.ndarray, name: str, allow_zeros: bool = False) -> tuple
     valid = are_integers(labels, -(2.0**31), 2.0**31 - 1)
     if not valid.all():
         row = int(valid.argmin())
-        return None, f"{name} holds {values[row]} (point {row}), which is not a label: expected 32-bit whole numbers"
-    if len(values) and missing.all():
-        return None, f"{name} is {values[0]} throughout"
-    if not (allow_zeros or labels.any() or missing.any()):
-        return None, f"{name} is 0 throughout"
+        place = f" (point {row})" if are_all else ""
+        return None, f"{name} holds {values[row]}{place}, which is not a label: expected 32-bit whole numbers"
     return np.where(missing, UNLABELED, labels).astype(np.int32), None
 
 
@@ -396,12 +417,16 @@ def colors_of(rgb: np.ndarray) -> tuple[np.ndarray | None, str | None]:
         return None, f"its colours, {low:g} to {high:g}, are neither 0 to 1 nor 8-bit nor 16-bit: no colours were read"
     if is_float and high <= 1:
         rgb = np.round(rgb * 255)
-    if high > 255:
-        rgb = rgb // 256
+    rgb = color_bytes(rgb, high > 255)
     dark = (
         f"its colours, up to {high:g}, were read as 16-bit and are very dark" if high > 255 and rgb.max() < 32 else None
     )
-    return rgb.astype(np.uint8), dark
+    return rgb, dark
+
+
+def color_bytes(rgb: np.ndarray, wide: bool) -> np.ndarray:
+    """uint8 colours from whole numbers of 16 bits (`wide`) or 8 bits."""
+    return (rgb // 256 if wide else rgb).astype(np.uint8)
 
 
 def packed_colors_of(values: np.ndarray) -> tuple[np.ndarray | None, str | None]:
@@ -420,8 +445,8 @@ def cloud_of(content: Content, request: Request) -> Cloud:
     points, colors, labels = content.points, content.colors, content.labels
     if len(points) == 0:
         raise ReadError("holds no points")
-    fields = {name.lower(): _field(name, values) for name, values in content.fields.items()}
-    flags = {name: _field(name, values) for name, values in (content.flags or {}).items()}
+    fields = {name.lower(): field_values(name, values) for name, values in content.fields.items()}
+    flags = {name: field_values(name, values) for name, values in (content.flags or {}).items()}
     for name, array in (("colors", colors), ("labels", labels), *fields.items(), *flags.items()):
         if array is not None and len(array) != len(points):
             raise ReadError(f"holds {len(points)} points but {len(array)} {name}")
@@ -434,7 +459,7 @@ def cloud_of(content: Content, request: Request) -> Cloud:
                 f"has no finite points: all {len(points)} have a coordinate that is NaN, infinite or beyond float32"
             )
     left_out, dropped = 0 if kept is None else int((~kept).sum()), {}
-    for name, ignored in _ignored(points, labels, flags, request):
+    for name, ignored in ignored_points(points, labels, flags, request):
         if number := int((ignored if kept is None else ignored & kept).sum()):
             dropped[name] = number
             kept = ~ignored if kept is None else kept & ~ignored
@@ -457,7 +482,7 @@ def cloud_of(content: Content, request: Request) -> Cloud:
                  dropped)  # fmt: skip
 
 
-def _ignored(
+def ignored_points(
     points: np.ndarray, labels: np.ndarray | None, flags: dict[str, np.ndarray], request: Request
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, True for each of its points) of the labels and flags to ignore that the file has, and of zeros."""
@@ -501,7 +526,8 @@ def _corners(points: np.ndarray) -> np.ndarray:
     return np.array([[f(points[:, axis]) for axis in range(points.shape[1])] for f in (np.min, np.max)], np.float64)
 
 
-def _field(name: str, values: np.ndarray) -> np.ndarray:
+def field_values(name: str, values: np.ndarray) -> np.ndarray:
+    """The values of a field as float32 where that holds every value of their type, else float64."""
     values = np.asarray(values)
     if values.ndim != 1 or values.dtype.kind not in "fiub":
         raise ReadError(f"field {name}: expected one number for each point, got {values.shape} {values.dtype}")

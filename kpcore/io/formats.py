@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, DTypeLike
 
+    from kpcore.io.cloud import Pieces
+
 READERS = {
     ".ply": ply.read, ".pcd": pcd.read, ".las": las.read, ".laz": las.read, ".npy": npz.read_npy, ".npz": npz.read,
     ".xyz": text.read, ".txt": text.read, ".csv": text.read, ".pts": text.read, ".bin": sweeps.read,
@@ -206,7 +208,7 @@ def errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn errors in the block into a ReadError of one line that names the file."""
     try:
         yield
-    except (ImportError, MemoryError, KeyboardInterrupt, SystemExit):
+    except (ImportError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except ReadError as error:
         raise type(error)(f"{path}: {error}") from None
@@ -295,7 +297,7 @@ def label_field(source: str | os.PathLike[str], out: str | os.PathLike[str], num
         limits = f"{field.name} holds {field.smallest} to {field.largest}"
         advice = "name another or a new field with into="
         raise ReadError(f"{source}: {limits}, got labels {low} to {high}; {advice}")
-    return field
+    return field._replace(extra=kinds)
 
 
 def _field(source: Path, out: Path, label: str | None, into: str | None, extra: Mapping[str, np.dtype],
@@ -427,3 +429,52 @@ def write_to(field: LabelField, source: str | os.PathLike[str], out: str | os.Pa
         notes = field.write(part, labels, kept, arrays)
     if notes:
         warnings.warn(f"{out}: {'; '.join(notes)}", stacklevel=3)
+
+
+def write_pieces(field: LabelField, source: str | os.PathLike[str], out: str | os.PathLike[str],
+                 pieces: Pieces) -> None:  # fmt: skip
+    """As `write_to`, for a copy of a LAS or LAZ with labels that are made block by block; see `Pieces`.
+
+    Errors that `pieces` raises are those of this function, and no file is left behind.
+    """
+    if field.write_pieces is None:
+        raise ReadError(f"{source}: expected a LAS or LAZ that is written to a LAS or LAZ, got {out}")
+    raised = []
+
+    def checked(first_row: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray]]:
+        try:
+            piece = pieces(first_row, records)
+            _check_piece(field, len(records), *piece)
+        except BaseException as error:
+            raised.append(error)
+            raise
+        return piece
+
+    try:
+        with errors_name(source), replacing(out) as part:
+            notes = field.write_pieces(part, checked)
+    except BaseException:
+        if raised:
+            raise raised[0] from None
+        raise
+    if notes:
+        warnings.warn(f"{out}: {'; '.join(notes)}", stacklevel=2)
+
+
+def _check_piece(field: LabelField, num: int, chosen: np.ndarray, labels: np.ndarray,
+                 extra: Mapping[str, np.ndarray]) -> None:  # fmt: skip
+    if chosen.dtype != bool or chosen.shape != (num,):
+        raise ValueError(f"pieces: expected ({num},) bool for the points of a block, got {chosen.shape} {chosen.dtype}")
+    count = np.count_nonzero(chosen)
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise ValueError(f"pieces: expected ({count},) integers as labels, got {labels.shape} {labels.dtype}")
+    if count and not (field.smallest <= labels.min() and labels.max() <= field.largest):
+        limits = f"{field.smallest} to {field.largest} in {field.name}"
+        raise ValueError(f"pieces: expected labels from {limits}, got {labels.min()} to {labels.max()}")
+    if {*extra} != {*field.extra}:
+        raise ValueError(f"pieces: expected the further fields {[*field.extra]}, got {[*extra]}")
+    for name, values in extra.items():
+        if values.shape != (count,) or not np.can_cast(values.dtype, field.extra[name], "safe"):
+            raise ValueError(
+                f"pieces: expected ({count},) {field.extra[name]} as {name}, got {values.shape} {values.dtype}"
+            )

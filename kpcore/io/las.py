@@ -11,7 +11,9 @@ import math
 import os
 import struct
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -38,13 +40,15 @@ from kpcore.io.reference import combined
 from kpcore.io.table import Column, Table, unique
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import BinaryIO
 
+    from kpcore.io.cloud import Pieces
     from kpcore.io.reference import Reference
 
-_BLOCK = 1_000_000  # points in memory at once
+T = TypeVar("T")
+BLOCK = 1_000_000  # points in memory at once
 _LARGEST_CHUNK = 1 << 26  # bytes of points; every thread of lazrs holds one chunk, usually of 50,000 points
 _SIZES = (20, 28, 26, 34, 57, 63, 30, 36, 38, 59, 67)  # bytes per point of point formats 0 to 10
 # Types of extra bytes by their number in the file.
@@ -55,6 +59,7 @@ _LAYERS = {
     "intensity": "INTENSITY", "gps_time": "GPS_TIME", "red": "RGB", "green": "RGB", "blue": "RGB",
     "withheld": "FLAGS", "overlap": "FLAGS", "synthetic": "FLAGS", "key_point": "FLAGS",
 }  # fmt: skip
+_EPSILON = 2.0**-53  # rounding to float64, relative to the value
 _VARYING = 2**32 - 1  # chunk size in a LASzip record whose chunks differ in their number of points
 _MOST_RECORDS = 65_535  # extended records that are read; the header can declare 2**32 - 1
 _LONGEST_TEXT = 1 << 18  # bytes of a coordinate reference system; those of real files have some thousand
@@ -70,6 +75,8 @@ class Dimension(NamedTuple):
     bits: int = 0  #: number of bits; 0: all of the type
     scale: float | None = None  #: None: values are stored as they are, without scale and offset
     offset: float = 0.0
+    #: (m, n) of a coordinate if n = 1 / scale and m = offset / scale are whole numbers: it is (stored + m) / n
+    whole: tuple[int, int] | None = None
 
     @property
     def itemsize(self) -> int:
@@ -85,7 +92,13 @@ class Dimension(NamedTuple):
         values = self.stored(records)
         if self.bits:
             values = values >> self.shift & (1 << self.bits) - 1
-        return values if self.scale is None else values * self.scale + self.offset
+        if self.scale is None:
+            return values
+        if self.whole is None:
+            return values * self.scale + self.offset
+        exact = values + float(self.whole[0])
+        exact /= self.whole[1]
+        return exact
 
     def stored(self, records: np.ndarray) -> np.ndarray:
         """A view of the stored numbers, all bits of the type."""
@@ -143,7 +156,7 @@ class Header(NamedTuple):
     dimensions: list[Dimension]
     undescribed: int  #: bytes at the end of each point that no record describes
     may_grow: bool  #: whether a dimension can be appended: its description, in the VLRs, would be the last in the file
-    chunk: float = math.inf  #: points of the largest compressed chunk; infinity: not in chunks
+    chunks: list[tuple[int, int]] | None = None  #: (points, bytes) of each compressed chunk; None: not in chunks
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -154,61 +167,111 @@ class Header(NamedTuple):
         """The byte at which the points start."""
         return len(self.raw) + sum(len(record.raw) for record in self.records) + len(self.padding)
 
+    @property
+    def chunk_bytes(self) -> float:
+        """The size of the largest chunk when it is unpacked; infinity: not in chunks."""
+        return math.inf if self.chunks is None else max(count for count, _ in self.chunks) * self.size
+
+    @property
+    def has_varying_chunks(self) -> bool:
+        return self.chunks is not None and struct.unpack_from("<I", self.laszip, 12)[0] == _VARYING
+
+    @property
+    def warning(self) -> str | None:
+        """What may have been read as the wrong thing."""
+        if any(record.user == b"lascompatible" for record in self.records):
+            return "it is in LASzip's compatibility mode: classes above 31, which are in extra bytes, were not read"
+        return None
+
+
+class Selection(NamedTuple):
+    """The dimensions of a file that a `Request` needs."""
+
+    names: tuple[str, ...]  #: of all dimensions
+    axes: tuple[Dimension, ...]  #: x, y, z
+    channels: tuple[Dimension, ...]  #: red, green, blue; empty if the point format has no colours
+    wanted: dict[int, Dimension]  #: labels, fields and flags by their place among the names
+    classification: int | None  #: the place of the standard one if points of class 12 are those with the flag overlap
+
+    @property
+    def needed(self) -> set[str]:
+        """The names of what must be unpacked."""
+        return {dimension.name for dimension in (*self.axes, *self.channels, *self.wanted.values())}
+
+    def columns(self, records: np.ndarray) -> NamedArrays:
+        """What is wanted of (n, size) uint8 records besides coordinates and colours, as a copy."""
+        return NamedArrays((self.names[at], dimension.read(records).copy()) for at, dimension in self.wanted.items())
+
+    def flags(self, columns: NamedArrays, request: Request) -> dict[str, np.ndarray]:
+        """The requested flags.
+
+        Point formats 0 to 5 have no bit for overlap: these points are of class 12 (LAS 1.1 to 1.4 R15).
+        """
+        flags = flags_from(columns, request)
+        if self.classification is not None:
+            flags["overlap"] = columns.at([*self.wanted].index(self.classification)) == 12
+        return flags
+
+
+def selected(dimensions: Sequence[Dimension], request: Request) -> Selection:
+    """The dimensions that a request needs; an error if one that it names is missing."""
+    names = tuple(dimension.name for dimension in dimensions)
+    check_columns(names, request)
+    check_fields(names, request)
+    # Of dimensions with the same name the first counts, so that extra bytes never replace a standard dimension.
+    standard = {dimension.name: dimension for dimension in reversed(dimensions)}
+    requested = (*request.fields, *([request.label] if request.label else []))
+    requested += tuple(name for name in request.ignore if isinstance(name, str) and name_index(names, name) is not None)
+    wanted = {(at := name_index(names, name)): dimensions[at] for name in requested}
+    by_class = "overlap" in request.ignore and name_index(names, "overlap") is None
+    classification = names.index("classification")
+    if not request.label or by_class:
+        wanted.setdefault(classification, standard["classification"])
+    channels = tuple(standard[name] for name in ("red", "green", "blue") if "red" in standard)
+    return Selection(names, tuple(standard[axis] for axis in "xyz"), channels, wanted,
+                     classification if by_class else None)  # fmt: skip
+
+
+def stacked(dimensions: Sequence[Dimension], records: np.ndarray) -> np.ndarray:
+    """(n, D): the values of these dimensions, of one type, in (n, size) uint8 records."""
+    return np.column_stack([dimension.read(records) for dimension in dimensions])
+
 
 def field_names(path: Path, size: int, request: Request) -> tuple[str, ...]:
     with path.open("rb") as file:
-        head = _header(file, size)
+        head = read_header(file, size)
     check_columns(head.names, request)
     return head.names
 
 
 def read(path: Path, size: int, request: Request) -> Content:
     with path.open("rb") as file:
-        head = _header(file, size)
-        names = head.names
-        reference, unsure = _reference(file, head, size)
-        check_columns(names, request)
-        check_fields(names, request)
-        # Of dimensions with the same name the first counts, so that extra bytes never replace a standard dimension.
-        standard = {dimension.name: dimension for dimension in reversed(head.dimensions)}
-        requested = (*request.fields, *([request.label] if request.label else []))
-        requested += tuple(
-            name for name in request.ignore if isinstance(name, str) and name_index(names, name) is not None
-        )
-        wanted = {(at := name_index(names, name)): head.dimensions[at] for name in requested}
-        # Point formats 0 to 5 have no bit for overlap: these points are of class 12 (LAS 1.1 to 1.4 R15).
-        by_class = "overlap" in request.ignore and name_index(names, "overlap") is None
-        if not request.label or by_class:
-            wanted.setdefault(names.index("classification"), standard["classification"])
-        points, colors, more = [], [], {at: [] for at in wanted}
-        channels = ("red", "green", "blue") if "red" in standard else ()
-        for records in _blocks(file, head, {*"xyz", *channels, *(dimension.name for dimension in wanted.values())}):
-            points.append(np.column_stack([standard[axis].read(records) for axis in "xyz"]))
-            if channels:
-                colors.append(np.column_stack([standard[name].read(records) for name in channels]))
-            for at, dimension in wanted.items():
-                more[at].append(dimension.read(records).copy())
-    columns = NamedArrays((names[at], np.concatenate(values)) for at, values in more.items())
+        head = read_header(file, size)
+        reference, unsure = read_reference(file, head, size)
+        chosen = selected(head.dimensions, request)
+        points, colors, pieces = [], [], []
+        for records in read_blocks(file, head, chosen.needed):
+            points.append(stacked(chosen.axes, records))
+            if chosen.channels:
+                colors.append(stacked(chosen.channels, records))
+            pieces.append(chosen.columns(records))
+    columns = NamedArrays(
+        (name, np.concatenate([piece.at(i) for piece in pieces])) for i, name in enumerate(pieces[0].names)
+    )
+    del pieces
     labels, unlabeled, _ = labels_from(columns, request, ("classification",))
     rgb, warning = colors_of(np.concatenate(colors)) if colors else (None, None)
-    if any(record.user == b"lascompatible" for record in head.records):
-        warning = join_warnings(
-            warning, "it is in LASzip's compatibility mode: classes above 31, which are in extra bytes, were not read"
-        )
-    fields = fields_from(columns, request)
-    flags = flags_from(columns, request)
-    if by_class:
-        flags["overlap"] = columns.at(columns.names.index("classification")) == 12
-    return Content(np.concatenate(points), names, fields, rgb, labels, unlabeled, flags=flags, reference=reference,
-                   warning=join_warnings(warning, unsure))  # fmt: skip
+    return Content(np.concatenate(points), head.names, fields_from(columns, request), rgb, labels, unlabeled,
+                   flags=chosen.flags(columns, request), reference=reference,
+                   warning=join_warnings(warning, head.warning, unsure))  # fmt: skip
 
 
 # ---- the header and its records
 
 
-def _header(file: BinaryIO, size: int) -> Header:
+def read_header(file: BinaryIO, size: int) -> Header:
     """Read the header and check that the file holds what it declares, before anything of that size is allocated."""
-    head = _read_at(file, 0, 375)
+    head = read_at(file, 0, 375)
     if len(head) < 227:
         raise ReadError(f"truncated: expected a header of at least 227 bytes, got {len(head)}")
     major, minor = head[24], head[25]
@@ -233,7 +296,7 @@ def _header(file: BinaryIO, size: int) -> Header:
     if not np.isfinite(numbers).all() or 0 in numbers[:3]:
         raise ReadError(f"damaged: expected finite scales other than 0 and finite offsets, got {numbers}")
 
-    before, at, records = _read_at(file, 0, start), header_size, []
+    before, at, records = read_at(file, 0, start), header_size, []
     for _ in range(num_records):
         if at + 54 > start:
             raise ReadError(f"damaged: {num_records} variable-length records do not fit {start - header_size} bytes")
@@ -243,9 +306,9 @@ def _header(file: BinaryIO, size: int) -> Header:
     laszip = next((record.data for record in records if record.is_laszip), b"")
     described = [record.data for record in records if record.is_extra_bytes]
     extended = [
-        (at, length) for at, length, record in _extended_records(file, head, minor, size) if record.is_extra_bytes
+        (at, length) for at, length, record in extended_records(file, head, minor, size) if record.is_extra_bytes
     ]
-    described_after = [_read_at(file, at + 60, length) for at, length in extended]  # by records after the points
+    described_after = [read_at(file, at + 60, length) for at, length in extended]  # by records after the points
     extra, undescribed, fits = _extra_dimensions(b"".join(described + described_after), _SIZES[form], record_size)
     dimensions = [*_standard_dimensions(form, numbers[:3], numbers[3:]), *extra]
     header = Header(
@@ -257,28 +320,28 @@ def _header(file: BinaryIO, size: int) -> Header:
         if header.end > size:
             raise ReadError(f"truncated: {num} points of {record_size} bytes from byte {start} exceed {size} bytes")
         return header
-    end, chunk = _check_chunks(file, header, size)
-    return header._replace(end=end, chunk=chunk)
+    end, chunks = _check_chunks(file, header, size)
+    return header._replace(end=end, chunks=chunks)
 
 
 def _record(header: bytes, number: int, data: bytes) -> Record:
     return Record(header[2:18].partition(b"\0")[0], number, header, data)
 
 
-def _extended_records(file: BinaryIO, head: bytes, minor: int, size: int) -> Iterator[tuple[int, int, Record]]:
+def extended_records(file: BinaryIO, head: bytes, minor: int, size: int) -> Iterator[tuple[int, int, Record]]:
     """(byte, data length, Record without data) of each extended record, up to the first that exceeds the file."""
     if minor < 4:
         return
     at, count = struct.unpack_from("<QI", head, 235)
     for _ in range(min(count, _MOST_RECORDS)):
-        header = _read_at(file, at, 60) if at < size else b""
+        header = read_at(file, at, 60) if at < size else b""
         if len(header) < 60 or (length := struct.unpack_from("<Q", header, 20)[0]) > size - at - 60:
             return
         yield at, length, _record(header, struct.unpack_from("<H", header, 18)[0], b"")
         at += 60 + length
 
 
-def _reference(file: BinaryIO, head: Header, size: int) -> tuple[Reference | None, str | None]:
+def read_reference(file: BinaryIO, head: Header, size: int) -> tuple[Reference | None, str | None]:
     """(the coordinate reference system in the records before or after the points, or None; a warning or None).
 
     Well-known text counts where the WKT bit of the global encoding is set, in point formats 6 to 10, which must set it
@@ -289,17 +352,36 @@ def _reference(file: BinaryIO, head: Header, size: int) -> tuple[Reference | Non
     for record in head.records:
         if record.user == b"LASF_Projection":
             data.setdefault(record.number, record.data)
-    for at, length, record in _extended_records(file, head.raw.ljust(375, b"\0"), head.minor, size):
+    for at, length, record in extended_records(file, head.raw.ljust(375, b"\0"), head.minor, size):
         if record.user == b"LASF_Projection":
-            data.setdefault(record.number, _read_at(file, at + 60, min(length, _LONGEST_TEXT)))
+            data.setdefault(record.number, read_at(file, at + 60, min(length, _LONGEST_TEXT)))
     keys = (data[34735], data.get(34736, b""), data.get(34737, b"")) if 34735 in data else None
     wkt_first = bool(head.raw[6] & 16) or head.point_format >= 6 or head.minor >= 5
     return combined(data.get(2112) or data.get(4224), keys, wkt_first)
 
 
+def box(head: Header) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
+    """The lowest and the highest corner of the points as the header states them; None if these cannot be right.
+
+    Some writers leave zeros or infinities there. Corners can only be where 32 bits reach from the offset.
+    """
+    bounds = struct.unpack_from("<6d", head.raw, 179)  # highest and lowest x, y, z
+    low, high = bounds[1::2], bounds[::2]
+    if not any(bounds):
+        return None
+    for dimension, lowest, highest in zip(head.dimensions[:3], low, high, strict=True):
+        reach = (2**31 + 1) * abs(dimension.scale)
+        if not dimension.offset - reach <= lowest <= highest <= dimension.offset + reach:
+            return None
+    return low, high
+
+
 def _standard_dimensions(form: int, scales: Sequence[float], offsets: Sequence[float]) -> list[Dimension]:
     """The dimensions of a point format (LAS 1.4 R15, tables 7 to 17)."""
-    dimensions = [Dimension(name, 4 * i, "<i4", scale=scales[i], offset=offsets[i]) for i, name in enumerate("xyz")]
+    dimensions = [
+        Dimension(name, 4 * i, "<i4", scale=scales[i], offset=offsets[i], whole=_whole(scales[i], offsets[i]))
+        for i, name in enumerate("xyz")
+    ]
     if form < 6:
         flags = (
             ("return_number", 14, 0, 3), ("number_of_returns", 14, 3, 3), ("scan_direction_flag", 14, 6, 1),
@@ -334,6 +416,23 @@ def _standard_dimensions(form: int, scales: Sequence[float], offsets: Sequence[f
     return dimensions
 
 
+def _whole(scale: float, offset: float) -> tuple[int, int] | None:
+    """(offset / scale, 1 / scale) if both are whole numbers but for rounding to float64; else None.
+
+    Then a coordinate is the float64 nearest to a decimal number, the same in every file that holds this number: tiles
+    of a survey differ in their offsets, and stored * scale + offset would differ in the last bit.
+    """
+    if not 0 < abs(1 / scale) < 2**31:
+        return None
+    steps = round(1 / scale)
+    if steps == 0 or abs(scale * steps - 1) > 4 * _EPSILON:
+        return None
+    if abs(offset * steps) > 2**53 - 2**31:
+        return None
+    start = round(offset * steps)
+    return (start, steps) if abs(start / steps - offset) <= 2 * _EPSILON * abs(offset) else None
+
+
 def _extra_dimensions(described, at, record_size):
     """(dimensions, bytes per point without a description, whether all descriptions are valid and fit the records).
 
@@ -361,7 +460,7 @@ def _extra_dimensions(described, at, record_size):
     return dimensions, record_size - at, len(described) % 192 == 0
 
 
-def _read_at(file: BinaryIO, at: int, count: int) -> bytes:
+def read_at(file: BinaryIO, at: int, count: int) -> bytes:
     file.seek(at)
     return file.read(count)
 
@@ -369,10 +468,22 @@ def _read_at(file: BinaryIO, at: int, count: int) -> bytes:
 # ---- points
 
 
-def _check_chunks(file: BinaryIO, head: Header, size: int) -> tuple[int, float]:
+def state_of(file: BinaryIO) -> tuple[int, int]:
+    """(size in bytes, time of the last change in nanoseconds) of an open file."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(file: BinaryIO, state: tuple[int, int]) -> None:
+    """Raise an error if an open file is not in this state, in which its header was read."""
+    if state_of(file) != state:
+        raise ReadError("has changed since its header was read")
+
+
+def _check_chunks(file: BinaryIO, head: Header, size: int) -> tuple[int, list[tuple[int, int]] | None]:
     """Check the LASzip record and the chunk table, which lazrs does not check.
 
-    Returns the byte where the compressed points end and the number of points in the largest chunk.
+    Returns the byte where the compressed points end, and (points, bytes) of each chunk or None: see `Header.chunks`.
     """
     lazrs, laszip, start = require("lazrs", "io"), head.laszip, head.start
     if len(laszip) < 34:
@@ -388,13 +499,13 @@ def _check_chunks(file: BinaryIO, head: Header, size: int) -> tuple[int, float]:
     if compressor not in (1, 2, 3) or (compressor == 3) != layered:
         raise ReadError(f"damaged: LASzip compressor {compressor} does not fit items of types {list(items[::3])}")
     if compressor == 1:  # of the first LASzip: point by point, without chunks or a chunk table
-        return _next_pointer(head, start, size), math.inf
-    table = struct.unpack("<q", _read_at(file, start, 8).ljust(8, b"\0"))[0]
+        return _next_pointer(head, start, size), None
+    table = struct.unpack("<q", read_at(file, start, 8).ljust(8, b"\0"))[0]
     if table == -1:  # written to a pipe: the byte of the table is stored at the end of the file
-        table = struct.unpack("<q", _read_at(file, size - 8, 8))[0]
+        table = struct.unpack("<q", read_at(file, size - 8, 8))[0]
     if not start + 8 <= table <= size - 8:
         raise ReadError(f"truncated: the chunk table starts at byte {table} of {size}")
-    num_chunks = struct.unpack_from("<I", _read_at(file, table, 8), 4)[0]
+    num_chunks = struct.unpack_from("<I", read_at(file, table, 8), 4)[0]
     # Every chunk starts with one point that is not compressed.
     if num_chunks * head.size > table - start or head.num > num_chunks * chunk_size:
         raise ReadError(f"damaged: {head.num} points in {num_chunks} chunks do not fit {table - start} bytes")
@@ -408,22 +519,26 @@ def _check_chunks(file: BinaryIO, head: Header, size: int) -> tuple[int, float]:
     if compressor == 3:  # a chunk: one point, the number of points, the byte length of each layer, the layers
         layers = {10: 9, 11: 1, 12: 2, 13: 1}  # layers of point, RGB, RGB + NIR, wave packet; each extra byte has one
         words = 1 + sum(layers.get(kind, width) for kind, width in zip(items[::3], items[1::3], strict=True))
-        at, total = start + 8, 0
+        at, declared = start + 8, []
         while at < table:
-            count, *lengths = struct.unpack(f"<{words}I", _read_at(file, at + head.size, 4 * words))
-            total, at = total + count, at + head.size + 4 * words + sum(lengths)
+            count, *lengths = struct.unpack(f"<{words}I", read_at(file, at + head.size, 4 * words))
+            declared.append((count, head.size + 4 * words + sum(lengths)))
+            at += declared[-1][1]
+        total = sum(count for count, _ in declared)
         if (total, at) != (head.num, table):
             raise ReadError(
                 f"damaged: expected {head.num} points up to byte {table}, the chunks have {total} up to byte {at}"
             )
+        if chunk_size == _VARYING and declared != [chunk for chunk in chunks if chunk != (0, 0)]:
+            raise ReadError("damaged: chunks have other numbers of points or bytes than the chunk table says")
     # lazrs does not tell where the table ends: that is known if writing it again gives the same bytes.
     rewritten = io.BytesIO()
     lazrs.write_chunk_table(rewritten, chunks, lazrs.LazVlr(laszip))
-    is_same = _read_at(file, table, len(rewritten.getvalue())) == rewritten.getvalue()
-    return table + len(rewritten.getvalue()) if is_same else _next_pointer(head, table, size), max(counts)
+    is_same = read_at(file, table, len(rewritten.getvalue())) == rewritten.getvalue()
+    return table + len(rewritten.getvalue()) if is_same else _next_pointer(head, table, size), chunks
 
 
-def _lazrs_class(name, chunk_bytes):
+def lazrs_class(name, chunk_bytes):
     """The lazrs class of this name: with threads, unless kpcore uses one thread or the largest chunk is too big.
 
     A chunk that declares 200 GB makes the class with threads abort the process; the other one raises an error. A forked
@@ -443,33 +558,54 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-def _blocks(file: BinaryIO, head: Header, names: set[str] | None = None) -> Iterator[np.ndarray]:
+def layers(names: Collection[str] | None) -> Any:
+    """What lazrs unpacks of a LAZ with layers: what these dimensions need, or all."""
+    lazrs = require("lazrs", "io")
+    parts = {"ALL"} if names is None else {"XY_RETURNS_CHANNEL", *(_LAYERS.get(name, "ALL") for name in names)}
+    flags = np.bitwise_or.reduce([getattr(lazrs, f"SELECTIVE_DECOMPRESS_{part}") for part in parts])
+    return lazrs.DecompressionSelection(int(flags))
+
+
+def read_blocks(file: BinaryIO, head: Header, names: Collection[str] | None = None) -> Iterator[np.ndarray]:
     """The point records in file order, (n, size) uint8 at a time. Of a LAZ with layers only `names` are unpacked."""
     file.seek(head.start)
     unpack = None
     if head.compressed:
-        lazrs = require("lazrs", "io")
-        parts = {"ALL"} if names is None else {"XY_RETURNS_CHANNEL", *(_LAYERS.get(name, "ALL") for name in names)}
-        flags = np.bitwise_or.reduce([getattr(lazrs, f"SELECTIVE_DECOMPRESS_{part}") for part in parts])
-        unpacker = _lazrs_class("LasZipDecompressor", head.chunk * head.size)
-        unpack = unpacker(file, head.laszip, lazrs.DecompressionSelection(int(flags)))
-    for begin in range(0, head.num, _BLOCK):
-        shape = min(_BLOCK, head.num - begin), head.size
+        unpacker = lazrs_class("LasZipDecompressor", head.chunk_bytes)
+        unpack = unpacker(file, head.laszip, layers(names))
+    for begin in range(0, head.num, BLOCK):
+        shape = min(BLOCK, head.num - begin), head.size
         if unpack:
             records = np.zeros(shape, np.uint8)
             unpack.decompress_many(records.reshape(-1))
         else:
-            records = np.fromfile(file, np.uint8, shape[0] * shape[1]).reshape(shape)
+            records = np.fromfile(file, np.uint8, shape[0] * shape[1])
+            if len(records) < shape[0] * shape[1]:  # it was longer when its header was read
+                raise ReadError(f"truncated: ends in the points from {begin} to {begin + shape[0] - 1}")
+            records = records.reshape(shape)
         yield records
+
+
+def ahead(blocks: Iterator[T]) -> Iterator[T]:
+    """The same blocks; while one is used, a thread reads the next, unless kpcore uses one thread."""
+    if get_num_threads() == 1:
+        yield from blocks
+        return
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(next, blocks, None)
+        while (block := following.result()) is not None:
+            following = reader.submit(next, blocks, None)
+            yield block
 
 
 # ---- labels
 
 
 def label_field(source: Path, label: str | None, into: str | None, extra: Mapping[str, np.dtype]) -> LabelField:
-    size = source.stat().st_size
     with source.open("rb") as file:
-        head = _header(file, size)
+        state = state_of(file)
+        size, _ = state
+        head = read_header(file, size)
         tail = _tail_parts(file, head, size)
     at, name = None, label if into is None else into
     if name is not None:
@@ -504,16 +640,34 @@ def label_field(source: Path, label: str | None, into: str | None, extra: Mappin
             )
     smallest, largest = (0, (1 << dimension.bits) - 1) if dimension.bits else integer_range(dimension.dtype)
 
-    def write(out: Path, labels: np.ndarray, kept: np.ndarray, extra: Mapping[str, np.ndarray]) -> list[str]:
-        edits = [(dimension, labels), *zip(others, extra.values(), strict=True)]
-        _write(source, head, tail, edits, new, out, kept)
+    def write_pieces(out: Path, pieces: Pieces) -> list[str]:
+        with source.open("rb") as file:
+            check_unchanged(file, state)
+            _write(file, head, tail, (dimension, dict(zip(extra, others, strict=True))), new, out, pieces)
+            check_unchanged(file, state)
         waves = head.point_format in (4, 5, 9, 10) and head.raw[6] & 4
         return ["its waveforms are in a separate .wdp file, which is not copied"] if waves else []
+
+    def write(out: Path, labels: np.ndarray, kept: np.ndarray, values: Mapping[str, np.ndarray]) -> list[str]:
+        return write_pieces(out, pieces_of(labels, kept, values))
 
     def check(out: Path) -> None:
         _check_packets(source, head, out)
 
-    return LabelField(dimension.name, head.num, smallest, largest, write, check)
+    return LabelField(dimension.name, head.num, smallest, largest, write, check, write_pieces)
+
+
+def pieces_of(labels: np.ndarray, kept: np.ndarray, extra: Mapping[str, np.ndarray]) -> Pieces:
+    """The `Pieces` of whole arrays, whose blocks are asked for in file order."""
+    done = 0
+
+    def piece(first_row: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        nonlocal done
+        chosen = kept[first_row : first_row + len(records)]
+        rows = slice(done, done := done + int(chosen.sum()))
+        return chosen, labels[rows], {name: values[rows] for name, values in extra.items()}
+
+    return piece
 
 
 def check_plain(out: Path) -> None:
@@ -549,7 +703,7 @@ def _tail_parts(file: BinaryIO, head: Header, size: int) -> tuple[list[tuple[int
     if not any(record.user == b"copc" for record in head.records):
         return [(head.end, size)], 0
     parts, begin = [], head.end
-    for at, length, record in _extended_records(file, head.raw, head.minor, size):
+    for at, length, record in extended_records(file, head.raw, head.minor, size):
         if record.user == b"copc" and at >= begin:
             parts.append((begin, at))
             begin = at + 60 + length
@@ -567,10 +721,11 @@ def _next_pointer(head: Header, at: int, size: int) -> int:
     return min((byte for _, byte in _pointers(head) if at < byte < size), default=size)
 
 
-def _write(source, head, tail, edits, new, out, kept):
+def _write(file, head, tail, edited, new, out, pieces):
     """Write the copy. Only labels, compressed points and byte positions in the header differ from the source.
 
-    `edits` is [(dimension, values of the points where kept is True)], `new` the dimensions that the source has not.
+    `edited` is (the dimension of the labels, {name: dimension} of further fields), `new` the dimensions that the source
+    has not.
     """
     parts, left_out = tail
     compressed, added = out.suffix.lower() == ".laz", sum(dimension.itemsize for dimension in new)
@@ -581,23 +736,12 @@ def _write(source, head, tail, edits, new, out, kept):
     form = header[104] if compressed == head.compressed else head.point_format | 0x80 * compressed
     struct.pack_into("<IIBH", header, 96, start, len(records), form, head.size + added)
 
-    with source.open("rb") as file, out.open("wb") as written:
+    with out.open("wb") as written:
         target = _WriteErrors(written)
         target.write(bytes(header) + b"".join(record.raw for record in records) + head.padding)
 
-        def blocks() -> Iterator[np.ndarray]:
-            begin = done = 0
-            for block in _blocks(file, head):
-                if added:
-                    block = np.pad(block, ((0, 0), (0, added)))
-                chosen = kept[begin : begin + len(block)]
-                count = int(chosen.sum())
-                for dimension, values in edits:
-                    dimension.write(block, chosen, values[done : done + count])
-                begin, done = begin + len(block), done + count
-                yield block
-
-        _write_points(target, blocks(), laszip)
+        with closing(ahead(read_blocks(file, head))) as blocks:
+            _write_points(target, _edited(blocks, edited, added, pieces), laszip)
         for low, high in parts:
             for place, byte in _pointers(head):
                 if low <= byte <= high:
@@ -610,6 +754,22 @@ def _write(source, head, tail, edits, new, out, kept):
             struct.pack_into("<QI", header, 235, struct.unpack_from("<Q", header, 235)[0] if count else 0, count)
         target.seek(0)
         target.write(bytes(header))
+
+
+def _edited(blocks, edited, added, pieces) -> Iterator[np.ndarray]:
+    """The blocks with labels and further fields in them; `added` bytes are appended to each record."""
+    label, others = edited
+    first_row = 0
+    for block in blocks:
+        read_only = block.view()
+        read_only.flags.writeable = False
+        chosen, labels, extra = pieces(first_row, read_only)
+        first_row += len(block)
+        records = np.pad(block, ((0, 0), (0, added))) if added else block
+        label.write(records, chosen, labels)
+        for name, dimension in others.items():
+            dimension.write(records, chosen, extra[name])
+        yield records
 
 
 def _write_points(target: _WriteErrors, blocks: Iterable[np.ndarray], laszip: bytes | None) -> None:
@@ -683,7 +843,7 @@ def _default_laszip(form: int, size: int) -> bytes:
 
 def _compressor(target, laszip):
     layout = require("lazrs", "io").LazVlr(laszip)
-    return _lazrs_class("LasZipCompressor", layout.chunk_size() * layout.item_size())(target, layout)
+    return lazrs_class("LasZipCompressor", layout.chunk_size() * layout.item_size())(target, layout)
 
 
 def _check_packets(source: Path, head: Header, out: Path) -> None:
@@ -692,7 +852,7 @@ def _check_packets(source: Path, head: Header, out: Path) -> None:
         return
     laszip = _laszip(head, head.size)
     with source.open("rb") as file:
-        for block in _blocks(file, head):
+        for block in read_blocks(file, head):
             packed, unpacked = io.BytesIO(), np.zeros_like(block)
             pack = _compressor(packed, laszip)
             pack.compress_many(block.reshape(-1))
@@ -719,8 +879,8 @@ class Frame(NamedTuple):
 def table(path: Path, size: int) -> Table:
     """All dimensions of a file, scales applied; its coordinate reference system and waveforms are missing."""
     with path.open("rb") as file:
-        head = _header(file, size)
-        records = [*head.records, *(record for _, _, record in _extended_records(file, head.raw, head.minor, size))]
+        head = read_header(file, size)
+        records = [*head.records, *(record for _, _, record in extended_records(file, head.raw, head.minor, size))]
     missing = ["coordinate reference system"] * any(record.user == b"LASF_Projection" for record in records)
     missing += ["waveforms"] * (head.point_format in (4, 5, 9, 10))
     missing += [f"{head.undescribed} bytes of each point that no record describes"] * (head.undescribed > 0)
@@ -734,7 +894,7 @@ def table(path: Path, size: int) -> Table:
 
     def blocks() -> Iterator[list[np.ndarray]]:
         with path.open("rb") as file:
-            for points in _blocks(file, head):
+            for points in read_blocks(file, head):
                 yield [dimension.read(points) for dimension in head.dimensions]
 
     return Table(head.num, columns, blocks, "classification", missing)
@@ -745,9 +905,12 @@ def standard_dimensions(form: int) -> list[Dimension]:
     return [one for one in _standard_dimensions(form, (1, 1, 1), (0, 0, 0)) if one.scale is None]
 
 
-def create(out: Path, num: int, columns: Sequence[Column], blocks: Iterable[list[np.ndarray]], form: int,
+def create(out: Path, num: int | None, columns: Sequence[Column], blocks: Iterable[list[np.ndarray]], form: int,
            frame: Frame) -> None:  # fmt: skip
-    """Write LAS 1.4, point format 6, 7 or 8; columns without a standard name are extra dimensions."""
+    """Write LAS 1.4, point format 6, 7 or 8; columns without a standard name are extra dimensions.
+
+    `num` is the number of points; None: as many as `blocks` yields.
+    """
     standard = {one.name: one for one in _standard_dimensions(form, (frame.scale,) * 3, frame.offset)}
     size, extra = _SIZES[form], []
     for column in columns:
@@ -761,10 +924,12 @@ def create(out: Path, num: int, columns: Sequence[Column], blocks: Iterable[list
         records = _with_data_added(records, lambda record: record.is_extra_bytes, b"LASF_Spec", 4, _descriptions(extra))
     if laszip is not None:
         records = _with_data_added(records, lambda record: record.is_laszip, b"laszip encoded", 22204, laszip)
-    low, high, returns = np.full(3, np.inf), np.full(3, -np.inf), np.zeros(16, np.uint64)
+    low, high, returns, counted = np.full(3, np.inf), np.full(3, -np.inf), np.zeros(16, np.uint64), 0
 
     def packed() -> Iterator[np.ndarray]:
+        nonlocal counted
         for arrays in blocks:
+            counted += len(arrays[0])
             points = np.zeros((len(arrays[0]), size), np.uint8)
             for axis, values in enumerate(arrays[:3]):
                 whole = np.rint((values.astype(np.float64) - frame.offset[axis]) / frame.scale)
@@ -784,9 +949,9 @@ def create(out: Path, num: int, columns: Sequence[Column], blocks: Iterable[list
             "<4sHH16xBB32s32sHH", b"LASF", 0, encoding, 1, 4, b"OTHER", software, today.tm_yday, today.tm_year
         )
         head += struct.pack("<HIIBH24x", 375, start, len(records), form | 0x80 * (laszip is not None), size)
-        bounds = np.column_stack([high, low]).ravel() if num else np.zeros(6)
+        bounds = np.column_stack([high, low]).ravel() if np.isfinite(low).all() else np.zeros(6)
         head += struct.pack("<12d", *[frame.scale] * 3, *frame.offset, *bounds)
-        return head + struct.pack("<QQIQ15Q", 0, 0, 0, num, *map(int, returns[1:]))
+        return head + struct.pack("<QQIQ15Q", 0, 0, 0, counted if num is None else num, *map(int, returns[1:]))
 
     with out.open("wb") as written:
         target = _WriteErrors(written)

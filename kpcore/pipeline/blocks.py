@@ -72,6 +72,14 @@ class Block(NamedTuple):
     inside: np.ndarray  #: (n,) bool, points in the cell
 
 
+class Cells(NamedTuple):
+    """A square of cells of a lattice."""
+
+    x: int  #: the lowest column
+    y: int  #: the lowest row
+    number: int  #: of columns, and of rows
+
+
 class Plan(NamedTuple):
     """What labelling in blocks takes."""
 
@@ -128,32 +136,32 @@ def size_of(described: Mapping[str, float]) -> BlockSize:
     return size
 
 
-def blocks_of(cloud: Cloud, rows: np.ndarray, size: BlockSize, reach: float,
-              values: Mapping[str, np.ndarray], shift: float = 0.0) -> Iterator[Block]:  # fmt: skip
+def blocks_of(cloud: Cloud, rows: np.ndarray, size: BlockSize, reach: float, values: Mapping[str, np.ndarray],
+              shift: float = 0.0, cells: Cells | None = None) -> Iterator[Block]:  # fmt: skip
     """The blocks of some points of a cloud, each with a point in its cell; by x, then by y.
 
     `reach` is the width of the margin around the one that the network sees. `values` by name, (n,) or (n, width), order
-    points that are at the same place. `shift` is that of the lattice, in sides.
+    points that are at the same place. `shift` is that of the lattice, in sides. With `cells` there are the blocks of
+    these alone.
     """
     points = coordinates(cloud, rows)
-    cells = np.floor(points[:, :2] / size.side - shift)
-    if np.abs(cells).max(initial=0) >= _MOST_CELLS:
+    cell_of = np.floor(points[:, :2] / size.side - shift)
+    if np.abs(cell_of).max(initial=0) >= _MOST_CELLS:
         raise ValueError(
             f"side: expected blocks with which the points lie in fewer than 2**32 columns, got a side of {size.side:g} "
             f"and coordinates up to {np.abs(points[:, :2]).max():g}"
         )
-    order = np.lexsort((cells[:, 1], cells[:, 0]))
-    starts = np.flatnonzero((np.diff(cells[order], axis=0, prepend=np.nan) != 0).any(axis=1))
+    order = np.lexsort((cell_of[:, 1], cell_of[:, 0]))
+    starts = np.flatnonzero((np.diff(cell_of[order], axis=0, prepend=np.nan) != 0).any(axis=1))
     ends = np.append(starts[1:], len(order))
-    if len(starts) > _MOST_EMPTY_BLOCKS and len(rows) < _FEWEST_POINTS * len(starts):
-        raise ValueError(
-            f"points: expected some {TYPICAL_POINTS:,} in a block of {size.side:g}, got {len(rows):,} in "
-            f"{len(starts):,} blocks: coordinates may have another unit than in training, see --scale"
-        )
-    numbers = {(int(x), int(y)): number for number, (x, y) in enumerate(cells[order[starts]])}
+    if cells is None:
+        check_blocks(size, len(rows), len(starts))
+    numbers = {(int(x), int(y)): number for number, (x, y) in enumerate(cell_of[order[starts]])}
     around = math.ceil((size.halo + reach) / size.side)
     steps = range(-around, around + 1)
     for (x, y), number in numbers.items():
+        if cells is not None and not (cells.x <= x < cells.x + cells.number and cells.y <= y < cells.y + cells.number):
+            continue
         near = [numbers[x + dx, y + dy] for dx in steps for dy in steps if (x + dx, y + dy) in numbers]
         rows_near = np.concatenate([order[starts[other] : ends[other]] for other in near])
         low, high = (np.array([x, y]) + shift) * size.side, (np.array([x, y]) + shift + 1) * size.side
@@ -170,6 +178,15 @@ def blocks_of(cloud: Cloud, rows: np.ndarray, size: BlockSize, reach: float,
         yield Block(center, rows[rows_near], rows_near, seen, inside)
 
 
+def check_blocks(size: BlockSize, points: int, blocks: int) -> None:
+    """Raise an error if there are many blocks with next to no points, which would take hours."""
+    if blocks > _MOST_EMPTY_BLOCKS and points < _FEWEST_POINTS * blocks:
+        raise ValueError(
+            f"points: expected some {TYPICAL_POINTS:,} in a block of {size.side:g}, got {points:,} in {blocks:,} "
+            "blocks: coordinates may have another unit than in training, see --scale"
+        )
+
+
 def _order_of_values(points: np.ndarray, values: Mapping[str, np.ndarray]) -> np.ndarray:
     """The order of points by x, y and z, then by their values.
 
@@ -182,7 +199,7 @@ def _order_of_values(points: np.ndarray, values: Mapping[str, np.ndarray]) -> np
     tied = equal | np.append(False, equal[:-1])
     if tied.any():
         rows = order[tied]
-        order[tied] = rows[np.lexsort([*(column[rows] for column in _columns_of(values)), points[rows, 2], key[rows]])]
+        order[tied] = rows[np.lexsort([*(column[rows] for column in columns_of(values)), points[rows, 2], key[rows]])]
     return order
 
 
@@ -195,7 +212,8 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def _columns_of(values: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+def columns_of(values: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The columns of values by name, (n,) each."""
     return [column for of_feature in values.values() for column in of_feature.reshape(len(of_feature), -1).T]
 
 
@@ -246,10 +264,10 @@ def plan(model: Model, cloud: Cloud, rows: np.ndarray) -> Plan:
     counts = np.unique(cells, axis=0, return_counts=True)[1]
     points = min(len(rows), int(counts.max() * (1 + 2 * size.halo / size.side) ** 2))
     sums = 4 * len(rows) * model.net.num_classes if size.lattices > 1 else 0
-    return Plan(size.lattices * len(counts), points, int(points * _bytes_per_point(model)) + sums)
+    return Plan(size.lattices * len(counts), points, int(points * bytes_per_point(model)) + sums)
 
 
-def _bytes_per_point(model: Model) -> float:
+def bytes_per_point(model: Model) -> float:
     """Memory for a point of a block before subsampling.
 
     Besides the cloud, the peak was between half and 1.3 times this sum for KP-FCNNs of 32 and 64 channels, rigid and
@@ -289,7 +307,7 @@ def probabilities(model: Model, cloud: Cloud, rows: np.ndarray, *, like: ArrayLi
     values = values_of(model.settings, cloud, rows)
     done = 0
     for number, lattice in enumerate(lattices, 1):
-        for positions, shares in _of_lattice(model, cloud, rows, lattice, values, like, observed):
+        for positions, shares in of_lattice(model, cloud, rows, lattice, values, like=like, observed=observed):
             if total is None:
                 yield positions, shares
             elif number < len(lattices):
@@ -301,12 +319,12 @@ def probabilities(model: Model, cloud: Cloud, rows: np.ndarray, *, like: ArrayLi
                 watch(done / (len(rows) * len(lattices)))
 
 
-def _of_lattice(model: Model, cloud: Cloud, rows: np.ndarray, lattice: Lattice, values: Mapping[str, np.ndarray],
-                like: ArrayLike | None, observed: Observed | None
-                ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
-    """(positions in `rows`, (n, classes) probabilities) of the points in each block of a lattice."""
+def of_lattice(model: Model, cloud: Cloud, rows: np.ndarray, lattice: Lattice, values: Mapping[str, np.ndarray], *,
+               cells: Cells | None = None, like: ArrayLike | None = None, observed: Observed | None = None
+               ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """(positions in `rows`, (n, classes) probabilities) of the points in each block of a lattice, see `blocks_of`."""
     settings, net = model.settings, model.net
-    chosen = blocks_of(cloud, rows, model.block_size, feature_reach(settings), values, lattice.shift)
+    chosen = blocks_of(cloud, rows, model.block_size, feature_reach(settings), values, lattice.shift, cells)
     groups = model.params, model.state
     if devices.is_array(like):
         groups = ({name: devices.to_device_of(like, value) for name, value in group.items()} for group in groups)

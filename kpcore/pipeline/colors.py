@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from kpcore.pipeline.settings import Settings
 
-__all__ = ["ASPRS", "are_asprs", "class_colors", "distinct_colors"]
+__all__ = ["ASPRS", "are_asprs", "class_colors", "distinct_colors", "named_colors"]
 
 # By the code of a class in LAS 1.4: grey unclassified, brown ground, green vegetation (the higher, the darker), orange
 # buildings, blue water, magenta noise, yellow bridges, as GIS programs show them. The shades are chosen so that those
@@ -54,6 +53,13 @@ def class_colors(settings: Settings) -> np.ndarray:
                 colors.setdefault(name, ASPRS[labels[0]])
     others = iter(distinct_colors(len(names) - len(colors), _rgb([*colors.values()])))
     return np.array([_rgb([colors[name]])[0] if name in colors else next(others) for name in names], np.uint8)
+
+
+def named_colors(names: Settings | Sequence[str]) -> tuple[Sequence[str], np.ndarray]:
+    """(names of classes, their colours, (classes, 3) uint8): of settings by `class_colors`, else `distinct_colors`."""
+    if isinstance(names, Sequence):
+        return names, distinct_colors(len(names))
+    return names.names, class_colors(names)
 
 
 def are_asprs(settings: Settings) -> bool:

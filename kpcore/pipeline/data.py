@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-    from kpcore.io import Cloud
+    from kpcore.io import Cloud, Reference
     from kpcore.pipeline.boxes import Boxes
     from kpcore.pipeline.cache import Cache, Stored
     from kpcore.pipeline.settings import Digits, Objects, Part, Settings, Source
@@ -221,15 +221,10 @@ def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool 
     or flags of `ignore`, or of the same setting, are left out.
     """
     data = settings.data
-    fields = [name for name in data.features if name not in COMPUTED_FEATURES]
-    if computed := [name for name in (HEIGHT, *SURFACE_FEATURES) if name in data.features]:
-        in_file = field_names(path)
-        fields += [HEIGHT_FIELD] if HEIGHT in computed and name_index(in_file, HEIGHT_FIELD) is not None else []
-        for name in computed:
-            if name != HEIGHT and name_index(in_file, name) is not None:
-                warnings.warn(
-                    f"{path}: its field {name} is not used, since the feature {name} is computed", stacklevel=2
-                )
+    computes = any(name in data.features for name in (HEIGHT, *SURFACE_FEATURES))
+    fields, unused = fields_of(settings, field_names(path) if computes else ())
+    for name in unused:
+        warnings.warn(f"{path}: its field {name} is not used, since the feature {name} is computed", stacklevel=2)
     request = {"fields": fields, "exact": exact, "ignore": (*data.ignore, *ignore), "drop_zeros": data.drop_zeros}
     try:
         cloud = read_columns(path, data.columns, labelled, label=data.label, **request)
@@ -238,17 +233,38 @@ def read_cloud(settings: Settings, path: str | os.PathLike[str], labelled: bool 
             advice = next(filter(None, (near(name, COMPUTED_FEATURES, 0.75) for name in fields)), "")
             raise MissingField(f"{error}{advice if 'did you mean' not in str(error) else ''}") from None
         cloud = read_columns(path, data.columns, labelled, **request)
-    if cloud.reference is not None and cloud.reference.kind in ("geographic", "geocentric"):
-        raise ReadError(f"{path}: expected coordinates in a length such as metres, got {cloud.reference.kind} ones "
-                        f"({cloud.reference.name}): project the file first")  # fmt: skip
-    for name, values in cloud.fields.items():
-        if bad := len(values) - int(np.isfinite(values).sum()):
-            raise ReadError(f"{path}: field {name}, a feature, is NaN or infinite for {bad} points")
+    check_projected(path, cloud.reference)
+    if bad := not_finite(cloud.fields):
+        raise ReadError(f"{path}: {bad}")
     if "color" in data.features and cloud.colors is None:
         raise ReadError(f"{path}: has no colours, but color is one of the features")
     for sentence in faults(cloud) if data.kind == "scenes" else ():
         warnings.warn(f"{path}: {sentence}", stacklevel=2)
     return cloud
+
+
+def fields_of(settings: Settings, in_file: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(fields that the features are read from, fields that have the name of a feature that is computed) of a file."""
+    features = settings.data.features
+    fields = [name for name in features if name not in COMPUTED_FEATURES]
+    if HEIGHT in features and name_index(in_file, HEIGHT_FIELD) is not None:
+        fields.append(HEIGHT_FIELD)
+    return fields, [name for name in SURFACE_FEATURES if name in features and name_index(in_file, name) is not None]
+
+
+def check_projected(path: str | os.PathLike[str], reference: Reference | None) -> None:
+    """Raise an error for a file that states that its coordinates are angles."""
+    if reference is not None and reference.kind in ("geographic", "geocentric"):
+        raise ReadError(f"{path}: expected coordinates in a length such as metres, got {reference.kind} ones "
+                        f"({reference.name}): project the file first")  # fmt: skip
+
+
+def not_finite(fields: Mapping[str, np.ndarray]) -> str | None:
+    """Which field is NaN or infinite for how many points, or None."""
+    for name, values in fields.items():
+        if bad := len(values) - int(np.isfinite(values).sum()):
+            return f"field {name}, a feature, is NaN or infinite for {bad} points"
+    return None
 
 
 def scaled(cloud: Cloud, horizontal: float, vertical: float) -> Cloud:
@@ -329,7 +345,7 @@ def values_of(settings: Settings, cloud: Cloud, rows: np.ndarray) -> dict[str, n
         if name == "color":
             values[name] = cloud.colors[rows].astype(np.float32)
         elif name == "height":
-            values[name] = (cloud.points[rows, -1] + cloud.shift[-1]).astype(np.float32)
+            values[name] = coordinates(cloud, rows)[:, -1].astype(np.float32)
         elif name == HEIGHT and HEIGHT_FIELD in cloud.fields:
             values[name] = cloud.fields[HEIGHT_FIELD][rows]
         elif name not in COMPUTED_FEATURES:

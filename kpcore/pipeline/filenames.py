@@ -12,7 +12,7 @@ from kpcore.files import expanded
 from kpcore.pipeline.settings import Part, SettingsError, from_dict, overlap
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from kpcore.pipeline.settings import Settings, Source
 
@@ -49,6 +49,25 @@ def matching(name: str | os.PathLike[str], folder: str | os.PathLike[str] = ".")
         where = "" if path.is_absolute() else f" in the folder {Path(folder).absolute()}"
         raise SettingsError(f"{name}: expected files that match, got none{where}")
     return files
+
+
+def copy_name(source: Path, format: str | None = None) -> str:
+    """The name of the labelled copy of a scan in a folder; a COPC becomes a plain LAZ, as no octree is written."""
+    name = source.name[:-9] + source.name[-4:] if source.name.lower().endswith(".copc.laz") else source.name
+    return f"{Path(name).stem}.{format}" if format else name
+
+
+def check_copies(copies: Mapping[Path, Path]) -> None:
+    """Raise an error if two scans have the same copy, or if a copy would replace a scan."""
+    taken: dict[str, Path] = {}
+    for source, copy in copies.items():
+        if (other := taken.setdefault(os.fspath(copy).casefold(), source)) is not source:
+            raise SettingsError(f"{source}: its copy would be {copy}, as that of {other}")
+    originals = {os.path.realpath(source) for source in copies}
+    for copy in copies.values():
+        if os.path.realpath(copy) in originals:
+            raise SettingsError(f"--out {copy.parent}: the scan {copy} would be replaced by a copy; expected another "
+                                "folder")  # fmt: skip
 
 
 def single(parts: Sequence[Source], folder: str | os.PathLike[str]) -> list[Source]:

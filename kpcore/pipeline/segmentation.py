@@ -13,16 +13,17 @@ from kpcore.console import classes_in_mean
 from kpcore.io.cloud import Cloud
 from kpcore.io.formats import check_out, label_field, write_labels, write_to
 from kpcore.pipeline import blocks, statistics, voting
-from kpcore.pipeline.colors import class_colors, distinct_colors
+from kpcore.pipeline.colors import named_colors
 from kpcore.pipeline.data import IGNORED, class_numbers, part_numbers, read_cloud, scaled
 from kpcore.pipeline.labelling import Labelled, check_category, chosen_method, label
-from kpcore.pipeline.settings import Settings
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from kpcore.io.scans import Scan
     from kpcore.pipeline.model import Model
+    from kpcore.pipeline.settings import Settings
 
 __all__ = ["Segmented", "compare", "draw", "segment", "write_labels"]
 
@@ -36,6 +37,58 @@ class Segmented(NamedTuple):
     true: np.ndarray | None  #: (N,) class numbers by the labels in the file, IGNORED where these are of no class
     scores: voting.Scores | None  #: of the predicted classes; None without labels
     labelled: Labelled | None = None  #: with the confidence, and with what makes the classes doubtful
+
+
+class Rules(NamedTuple):
+    """Which label a point gets besides that of its class."""
+
+    keep: tuple[int, ...] = ()  #: labels in the file that stay
+    unclassified: float | None = None  #: points with a smaller probability get the label `doubtful`
+    doubtful: int = 1
+
+    def values(self, model: Model, is_new: bool) -> list[int]:
+        """All labels that may be written; if the field is a new one also those that stay."""
+        doubtful = [] if self.unclassified is None else [self.doubtful]
+        return [*model.label_values.tolist(), *doubtful, *(self.keep if is_new else ())]
+
+    def notes(self, model: Model, into: str | None, ignored: int, unclassified: int, stays: int) -> Iterator[str]:
+        """In words, how many points have another label than that of their class."""
+        if ignored:
+            what = "keep their label" if into is None else f"have 0 in {into}, unless they had another value there"
+            yield f"{ignored:,} points are ignored and {what}"
+        if self.unclassified is not None:
+            pairs = zip(model.classes, model.label_values, strict=True)
+            also = [name for name, value in pairs if value == self.doubtful]
+            too = f", which the class {also[0]} has too" if also else ""
+            yield f"{unclassified:,} points have a smaller probability and get the label {self.doubtful}{too}"
+        if self.keep:
+            yield f"{stays:,} points keep their label"
+
+
+class Final(NamedTuple):
+    """The labels of points as they are written."""
+
+    labels: np.ndarray  #: (n,) int32
+    percent: np.ndarray  #: (n,) uint8, the probability of the class; 0 for points that keep their label
+    is_of_class: np.ndarray  #: (n,) bool, points with the label of their class
+    unclassified: int  #: points with a probability that is too small
+    stays: int  #: points that keep their label
+
+
+def final_labels(model: Model, rules: Rules, classes: np.ndarray, confidence: np.ndarray,
+                 in_file: np.ndarray | None) -> Final:  # fmt: skip
+    """The labels of points of these classes, which have the labels `in_file` there, if any."""
+    labels, is_of_class = model.label_values[classes], np.ones(len(classes), bool)
+    percent, stays = np.round(100 * confidence).astype(np.uint8), np.zeros(len(classes), bool)
+    if rules.unclassified is not None:
+        is_of_class = confidence >= rules.unclassified
+        labels[~is_of_class] = rules.doubtful
+    unclassified = int(np.count_nonzero(~is_of_class))
+    if rules.keep and in_file is not None:
+        stays = np.isin(in_file, rules.keep)
+        labels[stays], percent[stays] = in_file[stays], 0  # written too, as the field may be a new one
+        is_of_class &= ~stays
+    return Final(labels, percent, is_of_class, unclassified, int(np.count_nonzero(stays)))
 
 
 def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike[str], *, method: str | None = None,
@@ -91,14 +144,13 @@ def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike
         raise ValueError(f"unclassified: expected a probability above 0, at most 1, got {unclassified}")
     cloud = read_cloud(model.settings, source, labelled=False, exact=True, ignore=ignore)
     if scale is not None:
-        cloud = scaled(cloud, *(unit_scale(model, cloud) if scale == "auto" else scale))
-    values, kept = model.label_values, np.ones(len(cloud.points), bool) if cloud.kept is None else cloud.kept
-    doubtful = 1 if Path(out).suffix.lower() in (".las", ".laz") else 0
+        cloud = scaled(cloud, *(unit_scale(model, [cloud]) if scale == "auto" else scale))
+    kept = np.ones(len(cloud.points), bool) if cloud.kept is None else cloud.kept
+    rules = Rules(tuple(keep), unclassified, 1 if Path(out).suffix.lower() in (".las", ".laz") else 0)
     more = {"confidence": np.uint8} if confidence else {}
     field = label_field(  # checks before the work
         source, out, len(kept), label=None if into else model.settings.data.label, into=into, extra=more,
-        values=[*values, *([] if unclassified is None else [doubtful]), *(keep if into else ())],
-        columns=model.settings.data.columns
+        values=rules.values(model, into is not None), columns=model.settings.data.columns
     )  # fmt: skip
     true = None
     if cloud.labels is not None and category is not None:
@@ -111,26 +163,11 @@ def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike
                      watch=watch)  # fmt: skip
     for message in labelled.warnings:
         warnings.warn(f"{source}: {message}", KpcoreWarning, stacklevel=2)
-    labels, is_of_class = values[labelled.classes], np.ones(len(labelled.classes), bool)
+    final = final_labels(model, rules, labelled.classes, labelled.confidence, cloud.labels)
     ignored = sum(number for name, number in cloud.dropped.items() if name != "zeros")
-    if ignored:
-        what = "keep their label" if into is None else f"have 0 in {into}, unless they had another value there"
-        labelled.notes.append(f"{ignored:,} points are ignored and {what}")
-    if unclassified is not None:
-        is_of_class = labelled.confidence >= unclassified
-        labels[~is_of_class] = doubtful
-        also = [name for name, value in zip(model.classes, values, strict=True) if value == doubtful]
-        labelled.notes.append(f"{np.count_nonzero(~is_of_class):,} points have a smaller probability and get the label "
-                              f"{doubtful}{f', which the class {also[0]} has too' if also else ''}")  # fmt: skip
-    written = {"confidence": np.round(100 * labelled.confidence).astype(np.uint8)} if confidence else {}
-    if keep and cloud.labels is not None:
-        changes = ~np.isin(cloud.labels, keep)
-        is_of_class &= changes
-        labelled.notes.append(f"{np.count_nonzero(~changes):,} points keep their label")
-        labels[~changes] = cloud.labels[~changes]  # written too, as the field may be a new one
-        written = {name: np.where(changes, of_points, 0) for name, of_points in written.items()}
-    write_to(field, source, out, labels, kept, written)
-    counts = np.bincount(labelled.classes[is_of_class], minlength=model.net.num_classes)
+    labelled.notes.extend(rules.notes(model, into, ignored, final.unclassified, final.stays))
+    write_to(field, source, out, final.labels, kept, {"confidence": final.percent} if confidence else {})
+    counts = np.bincount(labelled.classes[final.is_of_class], minlength=model.net.num_classes)
     return compare(model, cloud, true, labelled.classes, category)._replace(counts=counts, labelled=labelled)
 
 
@@ -153,11 +190,12 @@ def tell(model: Model, cloud: Cloud, method: str | None, votes: int | None,
         report(note)
 
 
-def unit_scale(model: Model, cloud: Cloud) -> tuple[float, float]:
-    """Factors of x and y, and of z, from the unit that a file states to that of the training."""
+def unit_scale(model: Model, clouds: Sequence[Cloud | Scan]) -> tuple[float, float]:
+    """Factors of x and y, and of z, from the unit that files state to that of the training."""
     training = model.statistics.unit if model.statistics else [None, None]
-    of_file = statistics.unit_of([cloud])
-    for name, unit in (("the file states", of_file), ("the files of the training state", training)):
+    of_file = statistics.unit_of(clouds)
+    what = "the file states" if len(clouds) == 1 else "the files state"
+    for name, unit in ((what, of_file), ("the files of the training state", training)):
         if unit[0] is None:
             raise ValueError(f"scale: expected numbers rather than auto, since {name} no unit")
     horizontal = of_file[0] / training[0]
@@ -191,10 +229,7 @@ def draw(path: str | os.PathLike[str], title: str, segmented: Segmented,
     from kpcore import picture
 
     page, classes = picture.theme_named(theme), segmented.classes
-    if isinstance(names, Settings):
-        names, colors = names.names, class_colors(names)
-    else:
-        colors = distinct_colors(len(names))
+    names, colors = named_colors(names)
     panels, true = [("predicted", colors[classes])], segmented.true if segmented.scores else None
     shares = [segmented.counts / max(1, len(classes))]
     differences = []

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from kpcore import nn
     from kpcore.io import Cloud
+    from kpcore.io.scans import Scan
     from kpcore.pipeline.cache import Stored
     from kpcore.pipeline.data import Columns, Quantiles, Scene
     from kpcore.pipeline.settings import Settings
@@ -185,6 +186,22 @@ class Observed:
                                      for points in pieces(scene.points)])  # fmt: skip
             self.add_neighbors(net.pyramid(points, row_splits=kp.row_splits([len(points)]), subsampled=True))
 
+    def counted(self) -> dict[str, Any]:
+        """What was counted in the bins of a training, in JSON types."""
+        return {"counts": [counts.tolist() for counts in self._counts], "neighbors": self._neighbors.tolist(),
+                "points": self.points, "voxels": self.voxels}  # fmt: skip
+
+    def add_counted(self, counted: Mapping[str, Any]) -> None:
+        """Add what was counted elsewhere, see `counted`."""
+        if counted["voxels"]:
+            if self._edges is None:
+                self.add(np.empty((0, 1 + max((column.number for column in self._columns), default=0)), np.float32), 0)
+            for counts, others in zip(self._counts, counted["counts"], strict=True):
+                counts += others
+            self.points, self.voxels = self.points + counted["points"], self.voxels + counted["voxels"]
+        neighbors = np.array(counted["neighbors"]).reshape(-1, 2)
+        self._neighbors = self._neighbors + neighbors if len(self._neighbors) else neighbors
+
     def _edges_of(self, column: Column, values: Sequence[np.ndarray]) -> np.ndarray:
         if self._training:
             edges = np.array(self._training.features[column.name].edges)
@@ -225,7 +242,7 @@ def spacing_of(points: np.ndarray) -> float:
     return float(np.median(kp.knn_search(points, queries, 2, return_distances=True).distance[1::2]))
 
 
-def unit_of(clouds: Sequence[Cloud | Stored]) -> list[float | None]:
+def unit_of(clouds: Sequence[Cloud | Scan | Stored]) -> list[float | None]:
     """Metres per unit of x and y, and of z, as all clouds say; None where one does not, or where they differ."""
     references = [cloud.reference for cloud in clouds]
     units: list[float | None] = []
