@@ -113,8 +113,8 @@ def test_a_run_with_a_cache_equals_one_without_to_the_bit(folder, reads, more):
 def test_scenes_of_a_cache_are_those_in_memory(folder):
     settings = config()
     expected, _ = data.load(settings, settings.data.train, folder)
-    found, _ = data.load(settings, settings.data.train, folder, cache=cache.Cache(folder / "cache"))
-    for one, other in zip(expected, found, strict=True):
+    stored, _ = data.load(settings, settings.data.train, folder, cache=cache.Cache(folder / "cache"))
+    for one, other in zip(expected, stored, strict=True):
         assert one.name == other.name
         for name in ("points", "columns", "labels", "full"):
             assert_same_bits(getattr(one, name), getattr(other, name))

@@ -149,8 +149,7 @@ class Cache:
     def split(self, settings: Settings, parts: Sequence[Part], folder: str | os.PathLike[str], fraction: float,
               columns: Columns | None = None) -> tuple[list[Scene], list[Scene], Columns]:  # fmt: skip
         """(scenes to train on, those that are set aside, Columns) of parts, see `data.load_training`."""
-        sides = ([_Source(part, "", fraction, aside) for part in parts] for aside in (False, True))
-        train, aside = sides
+        train, aside = ([_Source(part, "", fraction, is_aside) for part in parts] for is_aside in (False, True))
         scenes, columns = self._scenes(settings, train, folder, columns, False)
         return scenes, self._scenes(settings, aside, folder, columns, True)[0], columns
 
@@ -184,7 +183,8 @@ class Cache:
             self, entry, about["num_points"], {int(label): number for label, number in about["labels"]},
             np.array(about["classes"], np.int64), about["spacing"], _reference(about["reference"]), about["middle"],
         )  # fmt: skip
-        _warn(about["warnings"])
+        for message in about["warnings"] if not source.aside else ():  # once for a file, as when it is read
+            warnings.warn(message, stacklevel=3)
         points = entry["points"]
         full = full_labels = cloud = rows = None
         if labelled:
@@ -389,12 +389,6 @@ def _subsampled(settings: Settings, columns: Columns, part: Entry) -> Made:
 
 def _reference(described: dict[str, Any] | None) -> Reference | None:
     return None if described is None else Reference(**described)
-
-
-def _warn(messages: Sequence[str]) -> None:
-    """Warn of a file as when it was read."""
-    for message in messages:
-        warnings.warn(message, stacklevel=4)
 
 
 # ---- files of entries
