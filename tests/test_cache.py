@@ -23,7 +23,7 @@ COLUMNS = ["x", "y", "z", "red", "green", "blue", "intensity", "label"]
 OFFSET = (84_000.0, 447_000.0, 10.0)  # of a map, so that scenes have a shift
 
 
-def write_scene(path, seed, num=2500):
+def write_scene(path, seed, num=2200):
     room = scenes.indoor(num, seed)
     intensity = np.random.default_rng(seed).gamma(2, 50, len(room.points)).round()
     points = room.points.astype(np.float64).round(3) + OFFSET
@@ -279,12 +279,15 @@ def damage(path, how):
     elif how == "other":  # of another entry
         other = next(one for one in path.parent.parent.glob(f"scene-*/{path.name}") if one != path)
         shutil.copy(other, path)
+    elif how == "number":  # of what is known about the scene
+        content = (path.parent / "about.json").read_text()
+        (path.parent / "about.json").write_text(content.replace('"num_points": ', '"num_points": 1'))
     elif how == "file":
         shutil.rmtree(path.parent)
         path.parent.write_text("something else")
 
 
-@pytest.mark.parametrize("how", ["bit", "cut", "empty", "missing", "other", "file"])
+@pytest.mark.parametrize("how", ["bit", "cut", "empty", "missing", "other", "file", "number"])
 @pytest.mark.parametrize("name", ["columns.npy", "about.json"])
 def test_a_damaged_entry_is_made_again(folder, name, how):
     settings = config("cache", features=["one", "intensity"])
@@ -292,11 +295,12 @@ def test_a_damaged_entry_is_made_again(folder, name, how):
     def load():
         return data.load(settings, settings.data.train, folder, cache=cache.Cache(folder / "cache"))[0]
 
-    expected = [scene.columns.copy() for scene in load()]
+    expected = [(scene.columns.copy(), scene.stored.num_points) for scene in load()]
     before = entries(folder / "cache")
     damage(next((folder / "cache").glob("scene-*")) / name, how)
-    for scene, columns in zip(load(), expected, strict=True):
+    for scene, (columns, num_points) in zip(load(), expected, strict=True):
         assert_same_bits(scene.columns, columns)
+        assert scene.stored.num_points == num_points
     assert entries(folder / "cache") == before
     assert not list((folder / "cache").glob(".*"))
 
@@ -415,6 +419,7 @@ def test_a_run_goes_on_with_another_cache_and_without(folder, monkeypatch):
             training.Training(other, folder / "part", folder, seed=3, resume=True).run(stop)
     shutil.rmtree(folder / "cache")
     training.Training(settings, folder / "part", folder, seed=3, resume=True).run()
+    assert training.saved_run(folder / "part" / training.LAST, settings, 3).run["epoch"] == 3
     assert_same_runs(folder / "whole", folder / "part")
 
 
@@ -444,7 +449,7 @@ def test_errors_of_a_cache(folder, monkeypatch):
     def full(*args, **more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.np, "save", full)
+    monkeypatch.setattr(cache.os, "fsync", full)
     with pytest.raises(OSError, match=r"\[data\] cache: No space left on device: .*cache"):
         training.Training(config("cache"), folder / "run", folder)
     assert not list((folder / "cache").iterdir())

@@ -418,8 +418,10 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 def _write(path: Path, array: np.ndarray) -> dict[str, int]:
     """Write an array to disk; returns the size and the checksum of the file."""
+    array = np.ascontiguousarray(array)
     with path.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)  # np.save does not say that the disk is full, only how much was written
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "checksum": _checksum(path)}
