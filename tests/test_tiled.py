@@ -1,4 +1,4 @@
-"""Surveys: labels are equal to the bit however they are cut into files, whatever the memory, workers and interruptions."""
+"""Surveys: labels are equal to the bit for any tiles, memory, workers and interruptions."""
 
 import errno
 import hashlib
@@ -41,7 +41,7 @@ def model_with(**data):
     net = config.net()
     center = {name: 3.0 for name in config.widths if name not in ("one", "color")}
     columns = Columns(config.widths, center, dict.fromkeys(center, 40.0))
-    return Model(net, *net.init(3), config, columns, BlockSize(20.0, 5.0))
+    return Model(net, *net.init(0), config, columns, BlockSize(20.0, 5.0))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def label(folder, name, out, **options):
 
 
 def labelled(path):
-    """(n, 7) coordinates, GPS time, return, label and confidence of each point of files, in an order of their own."""
+    """(n, 7) coordinates, GPS time, return, label and confidence of each point of files, sorted."""
     files = sorted(path.glob("*.la[sz]")) if path.is_dir() else [path]
     clouds = [kp.io.read(file, fields=["gps_time", "return_number", "confidence"], exact=True) for file in files]
     rows = np.concatenate([np.column_stack([cloud.exact, *cloud.fields.values(), cloud.labels]) for cloud in clouds])
@@ -83,7 +83,7 @@ def digests(path):
 @pytest.mark.parametrize("name", ["one.laz", "four", "nine", "buffered"])
 def test_labels_do_not_depend_on_tiles_memory_or_threads(folder, name, tmp_path, monkeypatch, set_threads):
     expected = labelled(folder / "whole.laz")
-    assert len({*expected[:, 5].astype(int)}) == 3
+    assert len({*expected[:, 6]}) > 1
     for limit, threads in ((10**7, 2), (8000, 1)):
         monkeypatch.setattr(tiled, "_MOST_IN_GROUP", limit)
         set_threads(threads)
@@ -125,9 +125,7 @@ def test_copc_by_bounds(folder, tmp_path, small_groups):
     first.unlink()  # so that a plain file and those with an index are read together
     shutil.copy(folder / "four" / f"{first.name.partition('.')[0]}.laz", tmp_path / "in")
     survey = label(tmp_path, "in", tmp_path / "out")
-    assert {file.name for file in (tmp_path / "out").glob("*.laz")} == {
-        file.name for file in (folder / "four").iterdir()
-    }
+    assert digests(tmp_path / "out").keys() == {file.name for file in (folder / "four").iterdir()}
     np.testing.assert_array_equal(labelled(tmp_path / "out"), labelled(folder / "whole.laz"))
     assert survey.groups > 3
 
@@ -142,17 +140,18 @@ def test_what_a_whole_cloud_gets_a_survey_gets(folder, tmp_path, small_groups):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.laz", "out.segment.json", "whole.laz"]
     assert survey.counts == dict(zip(model.classes, whole.counts.tolist(), strict=True))
     np.testing.assert_array_equal(survey.confusion.sum(), (whole.true >= 0).sum())
-    assert survey.scores == whole.scores and survey.files[0].notes == whole.labelled.notes
+    np.testing.assert_equal(survey.scores, whole.scores)
+    assert [*survey.notes, *survey.files[0].notes] == whole.labelled.notes
 
 
 def test_probabilities(folder, tmp_path, small_groups):
     zarr = pytest.importorskip("zarr")
-    label(folder, "four", tmp_path / "out", probabilities=True, ignore=[64])
+    label(folder, "four", tmp_path / "out", probabilities=True, ignore=[6])
     store = zarr.open(str(tmp_path / "out" / tiled.PROBABILITIES), mode="r")
     for file in (tmp_path / "out").glob("*.laz"):
         cloud, source = kp.io.read(file, fields=["confidence"]), kp.io.read(folder / "four" / file.name)
         shares = store[file.name][:]
-        ignored = source.labels == 64
+        ignored = source.labels == 6
         assert np.isnan(shares[ignored]).all() and ignored.any()
         np.testing.assert_array_equal(np.array([2, 6, 5])[shares[~ignored].argmax(axis=1)], cloud.labels[~ignored])
         percent = np.round(100 * shares[~ignored].max(axis=1))
@@ -248,7 +247,7 @@ def test_full_disk(folder, tmp_path, small_groups, monkeypatch):
     assert survey.groups > 3 and not survey.failed
     np.testing.assert_array_equal(labelled(tmp_path / "out"), labelled(folder / "whole.laz"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
-    with pytest.raises(ValueError, match="scratch: expected some .* of free disk"):
+    with pytest.raises(ValueError, match=r"scratch: expected some .* of free disk"):
         label(folder, "four", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
