@@ -644,8 +644,8 @@ class _Run:
                 self.written[number] = outcome
             self._tell(outcome)
             return []
-        if outcome["inputs"] != self.inputs[number]:  # a file has failed meanwhile
-            return [self._task_of_group(number)]
+        if outcome["inputs"] != self.inputs[number]:  # a file has failed meanwhile, and the group waits again
+            return []
         self.abouts[number] = outcome
         self.points += outcome["points"]
         self.done_points += self.points_of[number]
