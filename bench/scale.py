@@ -101,7 +101,7 @@ def segment(bench, files, *options):
     out = bench.folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-P", "-m", "kpcore", "segment", bench.folder / MODEL, *files, "--out", out]
-    command += ["--memory", MEMORY, "--json", *options]
+    command += ["--together", "--memory", MEMORY, "--json", *options]
     environment = {name: value for name, value in os.environ.items() if name not in THREADS}
     peaks = {}
     with (bench.folder / "json").open("w") as json_file, (bench.folder / "errors").open("w") as errors:
