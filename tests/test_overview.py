@@ -85,6 +85,13 @@ def test_points_outside_are_counted_apart():
     one.add(np.zeros((0, 2)), np.zeros(0, int))
     one.add(far[:3], np.array([0, 0, 0]))
     assert one.outside == 7
+    for step in (-1, 1):  # in pixels from the edges, on either side
+        for corner, axis in ((LOW, 0), (LOW, 1), (HIGH, 0), (HIGH, 1)):
+            before = one.outside
+            place = np.array([85_500.0, 446_250.0])
+            place[axis] = corner[axis] + step * (1.6 if corner is LOW else 2.1) * one.pixel
+            one.add(place[None], np.array([0]))
+            assert one.outside - before == (step == (-1 if corner is LOW else 1))
 
 
 def test_numbers_beyond_32_bits_stay_at_the_largest():
@@ -273,17 +280,20 @@ def test_classes_have_their_colours_places_and_shares(theme):
     assert subtitle == "Subtitle"
 
 
-def test_the_scale_bar_has_the_length_that_it_says():
+def test_the_scale_bar_has_the_length_that_it_says(monkeypatch):
+    said, words = [], picture.length_words
+    monkeypatch.setattr(picture, "length_words", lambda *args: said.append(args) or words(*args))
     one = Overview(LOW, HIGH, 3, 100)
     one.add(points(100_000)[0], np.zeros(100_000, int))
     image, *_ = drawn(one, theme="light", unit="m")
     columns = np.flatnonzero(has(image, colors.distinct_colors(1)[0])[picture.TOP + 100])
+    assert said == [(200, "m")]
     metre = (np.ptp(columns) + 1) / 1000
     dark = has(image, picture.rgb(picture.THEMES["light"].text))
     row = dark[:, picture.MARGIN - 3 : 600].sum(axis=1).argmax()
     bar = np.flatnonzero(dark[row])
     bar = bar[: 1 + np.argmax(np.append(np.diff(bar), 99) > 2)]
-    assert (np.ptp(bar) + 1 - 3) / metre == pytest.approx(200, rel=0.02)  # between the middles of its ends
+    assert (np.ptp(bar) + 1 - 3) / metre == pytest.approx(said[0][0], rel=0.02)  # between the middles of its ends
 
 
 @pytest.mark.parametrize(("kind", "low", "is_map"), [
@@ -301,7 +311,8 @@ def test_the_north_of_maps_and_the_unit(kind, low, is_map):
     ("tiles", "size"), [((1, 1), (0, 0)), ((2, 2), HIGH), ((20, 20), HIGH), ((30, 1), (30_000, 5)), ((1, 9), (2, 9000))]
 )
 @pytest.mark.parametrize("number", [0, 500])
-def test_any_survey_is_drawn(tiles, size, number):
+def test_any_survey_is_drawn(tiles, size, number, monkeypatch):
+    monkeypatch.setattr(picture, "_LONGEST_MAP", 400)
     high = HIGH if size is HIGH else np.add(LOW, size)
     one = Overview(LOW, high, 3, 100)
     one.add(*points(number, high=high))

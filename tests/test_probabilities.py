@@ -1,5 +1,6 @@
 """The Zarr of probabilities: rows in the order of the points, block by block, whole or not at all."""
 
+import errno
 import os
 import pickle
 
@@ -132,6 +133,31 @@ with store.writer("b.laz", 10) as writer:
         writer.append(np.ones((10, 2), np.float32))
     group = zarr.open(str(store.path), mode="r")
     assert (group["a.laz"][:] == 1).all() and (group["b.laz"][:] == 1).all()
+
+
+@pytest.mark.parametrize("where", ["_new_array", "to_disk", "rows"])
+def test_a_full_disk_is_told_with_the_array(tmp_path, where, monkeypatch):
+    monkeypatch.setattr(probabilities, "_CHUNK_ROWS", 4)
+    store = store_in(tmp_path)
+
+    class Full:
+        chunks, shape = (4, 2), (9, 2)
+
+        def __setitem__(self, rows, values):
+            full()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(
+        probabilities, "_new_array" if where == "rows" else where, (lambda *_: Full()) if where == "rows" else full
+    )
+    with pytest.raises(OSError, match=r"No space left on device: .*p\.zarr.a_tile\.laz"):
+        write(store, FILES[0], rows(9))
+    assert os.listdir(tmp_path) == ["p.zarr"] and not store.is_complete(FILES[0])
+    monkeypatch.undo()
+    with pytest.raises(OSError, match=r"source\.laz"), store.writer(FILES[0], 1):  # of the block, as it was
+        raise OSError(errno.EIO, "error of the source", "source.laz")
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -84,7 +84,7 @@ def records_in(
     rows, parts = [np.zeros(0, np.int64)], [np.zeros((0, scan.record_size), np.uint8)]
     with unchanged(scan) as (file, head):
         for group in _groups(octree.meeting(low, high), octree.count):
-            records = _unpacked(file, head, octree, group, None if names is None else {"x", "y", *names})
+            records = _unpacked(file, head, octree, group, names)
             counts = octree.count[group]
             begins = np.cumsum(counts) - counts
             is_in = np.ones(len(records), bool)

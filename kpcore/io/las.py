@@ -40,7 +40,7 @@ from kpcore.io.reference import combined
 from kpcore.io.table import Column, Table, unique
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import BinaryIO
 
@@ -586,7 +586,7 @@ def read_blocks(file: BinaryIO, head: Header, names: Collection[str] | None = No
         yield records
 
 
-def ahead(blocks: Iterator[T]) -> Iterator[T]:
+def ahead(blocks: Iterator[T]) -> Generator[T, None, None]:
     """The same blocks; while one is used, a thread reads the next, unless kpcore uses one thread."""
     if get_num_threads() == 1:
         yield from blocks
@@ -658,7 +658,7 @@ def label_field(source: Path, label: str | None, into: str | None, extra: Mappin
 
 
 def pieces_of(labels: np.ndarray, kept: np.ndarray, extra: Mapping[str, np.ndarray]) -> Pieces:
-    """The `Pieces` of whole arrays, whose blocks are asked for in file order."""
+    """The `Pieces` of whole arrays, for blocks in the order of the file."""
     done = 0
 
     def piece(first_row: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:

@@ -100,13 +100,11 @@ def measured(scan: Scan) -> Scan:
     Points with a coordinate beyond float64 do not count.
     """
     low, high = np.full(3, np.inf), np.full(3, -np.inf)
-    axes = las.selected(scan.dimensions, Request()).axes
-    for _, block in records(scan, {"x", "y", "z"}):
-        for axis, dimension in enumerate(axes):
-            values = dimension.read(block)
-            values = values[np.isfinite(values)]
-            low[axis] = min(low[axis], values.min(initial=np.inf))
-            high[axis] = max(high[axis], values.max(initial=-np.inf))
+    for _, block in records(scan, "xyz"):
+        places = coordinates(scan, block)
+        is_finite = np.isfinite(places)
+        low = np.minimum(low, places.min(axis=0, where=is_finite, initial=np.inf))
+        high = np.maximum(high, places.max(axis=0, where=is_finite, initial=-np.inf))
     if not (low <= high).all():
         raise ReadError(f"{scan.path}: has no finite points")
     return scan._replace(low=tuple(low.tolist()), high=tuple(high.tolist()))

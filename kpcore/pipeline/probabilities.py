@@ -49,7 +49,7 @@ class ProbabilityStore(NamedTuple):
         """A writer of the rows of a file, in the order of its points.
 
         After the block the array appears in the place of an earlier one of this file, and is on disk. After an
-        exception nothing of it is left, and an earlier one stays.
+        exception nothing of it is left, and an earlier one stays. An OSError, such as that of a full disk, names it.
 
         Raises
         ------
@@ -60,13 +60,16 @@ class ProbabilityStore(NamedTuple):
         part = _parts(self.path) / f"{name}.{secrets.token_hex(8)}"
         part.parent.mkdir(exist_ok=True)
         try:
-            writer = Writer(_new_array(zarr, part, num_points, len(self.classes)))
+            with _errors_name(self.path / name):
+                array = _new_array(zarr, part, num_points, len(self.classes))
+            writer = Writer(array, self.path / name)
             yield writer
             writer._end()
-            writer._array.attrs.update({"file": _text(os.fspath(file)), "classes": [*self.classes]})
-            _to_disk(part)
-            shutil.rmtree(self.path / name, ignore_errors=True)
-            os.replace(part, self.path / name)
+            with _errors_name(self.path / name):
+                array.attrs.update({"file": _text(os.fspath(file)), "classes": [*self.classes]})
+                _to_disk(part)
+                shutil.rmtree(self.path / name, ignore_errors=True)
+                os.replace(part, self.path / name)
         finally:
             shutil.rmtree(part, ignore_errors=True)
             with suppress(OSError):  # other processes write there
@@ -81,8 +84,8 @@ class ProbabilityStore(NamedTuple):
 class Writer:
     """Appends rows to the array of a file; holds at most a chunk of them."""
 
-    def __init__(self, array: Any) -> None:
-        self._array = array
+    def __init__(self, array: Any, path: Path) -> None:
+        self._array, self._path = array, path
         self._buffer = np.empty(array.chunks, np.float32)
         self._written, self._held = 0, 0
 
@@ -106,7 +109,8 @@ class Writer:
                 self._flush()
 
     def _flush(self) -> None:
-        self._array[self._written : self._written + self._held] = self._buffer[: self._held]
+        with _errors_name(self._path):
+            self._array[self._written : self._written + self._held] = self._buffer[: self._held]
         self._written, self._held = self._written + self._held, 0
 
     def _end(self) -> None:
@@ -275,6 +279,14 @@ def _new_array(zarr: ModuleType, folder: Path, num_points: int, num_classes: int
         (num_points, num_classes), chunks=(rows, num_classes), dtype="float32", fill_value=np.nan, compressor=codec,
         store=str(folder), **_format(zarr),
     )  # fmt: skip
+
+
+@contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _to_disk(folder: Path) -> None:

@@ -262,7 +262,7 @@ def _one_file_twice(scans: list[Scan]) -> str | None:
 
 
 def _first_two(scans: list[Scan], value: Callable, same: Callable, skip: bool = True) -> tuple[Scan, Scan] | None:
-    """The first file with points, and the first whose value differs from its; None if none does.
+    """The first file with points, and the first with another value; None if none does.
 
     skip : leave out files of which the value is None
     """

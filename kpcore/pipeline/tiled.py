@@ -14,12 +14,13 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import socket
 import sys
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -180,7 +181,8 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
             engine, memory=memory, resume=resume, keep=keep, into=into, confidence=confidence,
             unclassified=unclassified, probabilities=probabilities, ignore=ignore, scale=scale,
         )  # fmt: skip
-        run.label(engine)
+        if not run.is_complete:
+            run.label(engine)
     return run.finish(begin)
 
 
@@ -225,7 +227,7 @@ class _Run:
         self.scans: dict[int, Scan] = {}
         self.seconds = {"tiling": 0.0, "reading": 0.0, "labelling": 0.0, "writing": 0.0}
         self.peaks: dict[tuple[str, int], int] = {}
-        self.points, self.has_begun = 0, False
+        self.points, self.is_new, self.has_begun, self.open_files = 0, False, False, ExitStack()
 
     # ---- before the work
 
@@ -234,11 +236,11 @@ class _Run:
         """Leave nothing behind if the block raises an error before any work is done."""
         was_there = self.out.exists()
         try:
-            yield
+            with self.open_files:
+                yield
         except BaseException:
-            if not self.has_begun:
+            if self.is_new and not self.has_begun:
                 shutil.rmtree(self.folder, ignore_errors=True)
-                self.manifest_path.unlink(missing_ok=True)
                 if not was_there:
                     with suppress(OSError):
                         self.out.rmdir()
@@ -271,7 +273,10 @@ class _Run:
         self.job = Job(self.folder, self.files, options, low[:2].tolist(), high[:2].tolist())
         self.out.mkdir(parents=True, exist_ok=True)
         earlier = self._earlier(options) if resume else None
-        self.has_begun = earlier is not None
+        self.earlier = earlier or {}
+        if self._is_complete():
+            self.say(f"all {len(self.files):,} files are done")
+            return
         self._make_folder(earlier)
         for number in self.scans:
             merging.field_of(self.job, number)
@@ -374,7 +379,8 @@ class _Run:
         libraries = {"kpcore": config.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
         described = asdict(options)
         del described["wide_colors"]
-        return {"format": _FORMAT, "made_with": libraries, "instruction_set": self.instruction_set,
+        processor = f"{platform.machine()} {self.instruction_set}"
+        return {"format": _FORMAT, "made_with": libraries, "instruction_set": processor,
                 "model": self._model_hash(), "blocks": self.model.block_size._asdict(),
                 "options": json.loads(json.dumps(described))}  # fmt: skip
 
@@ -387,9 +393,22 @@ class _Run:
             digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
+    def _is_complete(self) -> bool:
+        """Whether an earlier run has labelled these files, and the copies are there."""
+        done = self.earlier.get("files", {})
+        self.is_complete = self.earlier.get("state") == "done" and {*done} == {source.key for source in self.files}
+        self.is_complete &= all(_size(source.out) == done[source.key]["size"] for source in self.files
+                                if source.key in done)  # fmt: skip
+        if self.is_complete:
+            self.written = {number: done[source.key] for number, source in enumerate(self.files)}
+            self.abouts, self.groups = {}, []
+        return self.is_complete
+
     def _make_folder(self, earlier: dict[str, Any] | None) -> None:
-        if not earlier and self.folder.exists():
+        self.is_new = not earlier
+        if self.is_new and self.folder.exists():
             self._lock()
+            self.open_files.close()
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
@@ -402,7 +421,6 @@ class _Run:
             labels = self.model.label_values.tolist()
             create_store(probabilities, [source.path for source in self.files], self.model.classes, labels,
                          model=self._model_hash(), resume=bool(earlier))  # fmt: skip
-        self._write_manifest({"state": "running"})
 
     def _lock(self) -> None:
         """An error if another run works in the folder; the lock ends with the process."""
@@ -410,14 +428,13 @@ class _Run:
             import fcntl
         except ImportError:  # Windows
             return
-        file = (self.folder / "lock").open("w")
+        file = self.open_files.enter_context((self.folder / "lock").open("w"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"out: another run is labelling to {self.out}") from None
         except OSError:  # a file system without locks
             return
-        self.lock = file
 
     def _write_manifest(self, state: dict[str, Any]) -> None:
         described = self._described(self.job.options) | {"scratch": str(self.folder)} | state
@@ -453,7 +470,6 @@ class _Run:
             done += points
             self.watch("reading", done / total, f"{done:,} points")
 
-        self.has_begun = True
         (self.folder / "cells.json").unlink(missing_ok=True)
         side = self.model.block_size.side / tiles.CELLS_OF_BLOCK
         budget = self._memory(memory)
@@ -537,6 +553,8 @@ class _Run:
     def label(self, engine: Engine) -> None:
         """Label the groups that are not done, and write each file once its groups are."""
         job, size, lattices = self.job, self.model.block_size, self.job.options.lattices
+        self.has_begun = True
+        self._write_manifest({"state": "running"})
         self.touches: list[list[int]] = []  # the files with points in the blocks of each group
         self.reads: list[list[int]] = []  # and in their margins
         margin = groups.margin_of(self.model)
@@ -589,10 +607,10 @@ class _Run:
     def _already_written(self, number: int) -> dict[str, Any] | None:
         try:
             about = json.loads((self.folder / "files" / f"{number}.json").read_text())
-            size = os.stat(self.files[number].out).st_size
         except (OSError, ValueError):
-            return None
-        return about if (about["made_of"], about["size"]) == (self._made_of(number), size) else None
+            about = self.earlier.get("files", {}).get(self.files[number].key)
+        is_done = about and (about["made_of"], about["size"]) == (self._made_of(number), _size(self.files[number].out))
+        return about if is_done else None
 
     def _is_ready(self, number: int) -> bool:
         return all(group in self.abouts for group in self.groups_of[number])
@@ -698,6 +716,8 @@ class _Run:
             max(sum(self.peaks.values()), _peak()), len(self.groups),
             sum(about["close"] for about in self.written.values()),
         )  # fmt: skip
+        if self.is_complete:
+            return survey
         self._write_summary(survey)
         self._draw(survey)
         abouts = {self.files[number].key: about for number, about in self.written.items()}
@@ -797,6 +817,14 @@ def _reason(error: Exception) -> str:
     if isinstance(error, engines.WorkerKilled):
         return f"its labels could not be computed: {error}"
     return f"its labels could not be computed: {type(error).__name__}: {error}"
+
+
+def _size(path: str) -> int | None:
+    """The size of a file; None if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
 
 
 def _hashed(text: str) -> str:
