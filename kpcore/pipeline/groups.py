@@ -32,14 +32,15 @@ from kpcore.pipeline.probabilities import ProbabilityStore, array_names
 from kpcore.pipeline.segmentation import Rules
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from kpcore.io.scans import Scan
 
 CLOSE = 1e-4  # of two probabilities: a GPU may order them in another way
 LARGEST = 16  # blocks along the side of a group: a power of two
 _BYTES_PER_POINT = 130  # of a point of a group: coordinates twice, order, cells, rows, file
-_SLACK = 1 + 1e-9  # of a box that is read; which points belong to a block is decided afterwards
+_SLACK = 1e-6  # of the side of a block, around what is read; which points belong to a block is decided afterwards
+_AT_ONCE = 1_000_000  # points that are decoded together
 _TIME, _RETURN = "gps_time", "return_number"  # with the coordinates they say which points of two files are the same
 
 
@@ -202,9 +203,10 @@ def label_group(job: Job, cells: Cells, without: Collection[int] = ()) -> dict[s
     observed = statistics.Observed(model.columns, model.statistics) if model.statistics else None
     total = np.zeros((len(chosen), model.net.num_classes), np.float32)
     labelled = np.zeros(len(chosen), np.uint8)  # by so many lattices
-    ranks = blocks.ranks_of(points.cloud.exact[chosen], values_of(model.settings, points.cloud, chosen))
-    first_lattice = 0
-    for lattice in LATTICES[: options.lattices]:
+    first_lattice, ranks = 0, None
+    if len(chosen):
+        ranks = blocks.ranks_of(points.cloud.exact[chosen], values_of(model.settings, points.cloud, chosen))
+    for lattice in LATTICES[: options.lattices] if len(chosen) else ():
         pieces = blocks.of_lattice(model, points.cloud, chosen, lattice, ranks, cells=cells, observed=observed)
         for positions, shares in pieces:
             total[positions] += shares
@@ -285,7 +287,7 @@ def bytes_per_point(model: Model) -> int:
 
 def margin_of(model: Model) -> float:
     """The width of the margin of a group: every point that has an effect on its labels is in it."""
-    return (model.block_size.halo + max(reach_of(model.settings))) * _SLACK
+    return model.block_size.halo + max(reach_of(model.settings)) + _SLACK * model.block_size.side
 
 
 def points_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[int] = ()) -> Points:
@@ -293,11 +295,14 @@ def points_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[i
     pieces = []
     for number in files_in(job, low, high, without):
         try:
-            piece = _piece(job, number, low, high)
+            for rows, records in _records_in(job, number, low, high):
+                piece = _piece(job, number, rows, records, low, high)
+                if len(piece.rows):
+                    pieces.append(piece)
+        except FileFailed:
+            raise
         except ReadError as error:
             raise FileFailed(number, str(error)) from None
-        if len(piece.rows):
-            pieces.append(piece)
     if not pieces:
         empty = np.empty((0, 3))
         return Points(Cloud(empty, None, None, np.zeros(3), exact=empty), *np.empty((3, 0), np.int64))
@@ -307,7 +312,7 @@ def points_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[i
     colors = None if pieces[0].colors is None else np.concatenate([piece.colors for piece in pieces])
     cloud = Cloud(exact, colors, None, np.zeros(3), fields=fields, exact=exact)
     first = np.arange(len(rows))
-    if len(pieces) > 1 and len(maybe := places_taken_twice(exact)):
+    if pieces[0].number != pieces[-1].number and len(maybe := places_taken_twice(exact)):
         values = values_of(job.model.settings, cloud, maybe)
         identity = np.concatenate([piece.identity for piece in pieces])[maybe]
         first[maybe] = maybe[same_points(exact[maybe], identity, files[maybe], values)]
@@ -338,16 +343,24 @@ def _cells_of(job: Job, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, 
     return np.floor(low / side), np.floor(high / side)
 
 
-def _piece(job: Job, number: int, low: np.ndarray, high: np.ndarray) -> _Piece:
-    """The points of a file that lie in a box and are in the input of the network."""
-    options, scan = job.options, job.scan(number)
+def _records_in(job: Job, number: int, low: np.ndarray,
+                high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """(rows, records) of the points of a file in a box, and of some beyond it."""
+    scan, scale = job.scan(number), job.options.scale[:2]
     if job.files[number].box:
         # A quotient may be rounded inwards, so that a point on the edge would be missing.
-        begin, end = low / options.scale[:2], high / options.scale[:2]
-        rows, records = copc.records_in(scan, np.nextafter(begin, -np.inf), np.nextafter(end, np.inf))
-    else:
-        entries = job.tiles.entries(*_cells_of(job, low, high))
-        rows, records = job.tiles.read(entries[entries["file"] == number], scan.record_size)
+        yield copc.records_in(scan, np.nextafter(low / scale, -np.inf), np.nextafter(high / scale, np.inf))
+        return
+    entries = job.tiles.entries(*_cells_of(job, low, high))
+    entries = entries[entries["file"] == number]
+    for some in np.split(entries, np.flatnonzero(np.diff(np.cumsum(entries["count"]) // _AT_ONCE)) + 1):
+        yield job.tiles.read(some, scan.record_size)
+
+
+def _piece(job: Job, number: int, rows: np.ndarray, records: np.ndarray, low: np.ndarray,
+           high: np.ndarray) -> _Piece:  # fmt: skip
+    """The points of records of a file that lie in a box and are in the input of the network."""
+    options, scan = job.options, job.scan(number)
     request = job.request(scan)
     content = scans.decoded(scan, records, request, options.wide_colors)
     points = content.points * np.array(options.scale)

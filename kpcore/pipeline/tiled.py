@@ -711,13 +711,15 @@ class _Run:
         survey = Survey(
             written, failed, dict(zip(names, counts.tolist(), strict=True)), total,
             None if total is None else voting.scores(total, names), messages, notes, self.seconds, self.points,
-            sum((self.peaks | {(socket.gethostname(), os.getpid()): _peak()}).values()), len(self.groups),
+            _peak(), len(self.groups),
             sum(about["close"] for about in self.written.values()),
         )  # fmt: skip
         if self.is_complete:
             return survey
-        self._write_summary(survey)
         self._draw(survey)
+        peaks = self.peaks | {(socket.gethostname(), os.getpid()): _peak()}
+        survey = survey._replace(peak_memory=sum(peaks.values()))
+        self._write_summary(survey)
         abouts = {self.files[number].key: about for number, about in self.written.items()}
         self._write_manifest({"state": "incomplete" if failed else "done", "failed": failed, "files": abouts})
         if failed:
