@@ -55,6 +55,7 @@ class Results:
         total = np.full((number, self.num_classes), np.nan, np.float32) if self.keeps_probabilities else None
         sums: dict[str, list[np.ndarray]] = {"rows": [], "total": []}
         for part in self._parts:
+            checkpoints.leave_memory(part["rows"])  # read once, from the first row to the last
             begin, end = np.searchsorted(part["rows"], [first, first + number])
             rows = part["rows"][begin:end] - first
             classes[rows], confidence[rows] = part["classes"][begin:end], part["confidence"][begin:end]
