@@ -149,6 +149,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def counted(number: int, what: str) -> str:
+    """A number with what it counts: "1 file", "2,000 files"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def classes_in_mean(scores: Scores) -> str:
     """Text after a mean IoU that says over how many classes it is."""
     counted, number = sum(value is not None for value in scores["iou"].values()), len(scores["iou"])
