@@ -433,12 +433,15 @@ def write_to(field: LabelField, source: str | os.PathLike[str], out: str | os.Pa
 
 def write_pieces(field: LabelField, source: str | os.PathLike[str], out: str | os.PathLike[str],
                  pieces: Pieces) -> None:  # fmt: skip
-    """As `write_to`, for a copy of a LAS or LAZ with labels that are made block by block; see `Pieces`.
+    """As `write_to`, with labels that are made block by block; see `Pieces`.
+
+    A LAS or LAZ is written to a LAS or LAZ; a PLY and an NPZ to a file of their format; a PLY and an NPY to one of another
+    format than NPZ.
 
     Errors that `pieces` raises are those of this function, and no file is left behind.
     """
     if field.write_pieces is None:
-        raise ReadError(f"{source}: expected a LAS or LAZ that is written to a LAS or LAZ, got {out}")
+        raise ReadError(f"{source}: expected a format that is written piece by piece, such as LAZ to LAZ, got {out}")
     raised = []
 
     def checked(first_row: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray]]:

@@ -8,7 +8,8 @@ points that settle these questions; a reader that gets them in front of other po
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+import os
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,14 +22,16 @@ from kpcore.io.cloud import (
     ReadError,
     Request,
     checked_labels,
+    first_name_index,
     from_columns,
     list_names,
     name_index,
 )
 from kpcore.io.las import BLOCK, Dimension
+from kpcore.io.table import Column, Table, unique
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _MOST_BYTES = 1 << 26  # of records at a time
 _TELLING = {*itertools.chain(*COLORS), "rgb", "rgba", *LABELS, *LABEL_ARRAYS}  # names of fields that decide
@@ -113,3 +116,26 @@ def telling(dimensions: Iterable[Dimension], records: np.ndarray) -> np.ndarray:
         first = labels if first is None else first
         rows |= {int(mask.argmax()) for mask in masks if mask.any()}
     return records[sorted(rows)]
+
+
+def mapped(file: IO[bytes], dtype: np.dtype) -> np.ndarray:
+    """The numbers in an open file, read as they are used."""
+    file.flush()
+    return np.memmap(file, dtype, "r") if file.seek(0, os.SEEK_END) else np.empty(0, dtype)
+
+
+def table(layout: Layout, blocks: Callable[[], Iterator[np.ndarray]], missing: list[str]) -> Table:
+    """The Table of records that are all fields by name; `blocks` yields them, and can be called again."""
+    names = [one.name for one in layout.dimensions]
+    places = [name_index(names, axis) for axis in "xyz"]
+    used = [*layout.axes, *(one for at, one in enumerate(layout.dimensions) if at not in places)]
+    columns: list[Column] = []
+    for one, name in zip(used, ["x", "y", "z", *(one.name for one in used[3:])], strict=True):
+        kind = np.dtype(one.dtype).newbyteorder("=")
+        columns.append(Column(unique(name, [column.name for column in columns]), kind))
+
+    def arrays() -> Iterator[list[np.ndarray]]:
+        return ([one.read(records) for one in used] for records in blocks())
+
+    usual = first_name_index(["x", "y", "z", *(one.name for one in used[3:])], LABELS)
+    return Table(layout.num, columns, arrays, None if usual is None else columns[usual].name, missing)

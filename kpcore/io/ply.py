@@ -32,7 +32,8 @@ from kpcore.io.cloud import (
 )
 from kpcore.io.las import check_unchanged, state_of
 from kpcore.io.layout import named, of_fields, ranges, rows_at_once
-from kpcore.io.table import check_new_name, filled, number_words, points_first, records, table_of
+from kpcore.io.layout import table as table_of_layout
+from kpcore.io.table import check_new_name, filled, number_words, records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -690,7 +691,8 @@ def table(path: Path, size: int) -> Table:
         header = _header(file, size)
     missing = [f"element {one.name}" for one in header.elements if one is not header.vertex and one.num]
     missing += [f"list {one.name}" for one in header.vertex.properties if one.count is not None]
-    return table_of(lambda: points_first(_columns(path, size)), lambda names: first_name_index(names, LABELS), missing)
+    fields = layout(path, size, Request())
+    return table_of_layout(fields, lambda: blocks(path, size, fields), missing)
 
 
 def create(out: Path, num: int, columns: Sequence[Column], blocks: Iterable[list[np.ndarray]]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kpcore.io import las, layout, npz, ply
+from kpcore.io import las, layout
 from kpcore.io.cloud import (
     Content,
     OtherColumns,
@@ -29,6 +29,7 @@ from kpcore.io.cloud import (
     labels_of_some,
     name_index,
 )
+from kpcore.io.convert import LAYOUTS
 from kpcore.io.formats import TABLES, checked_size, errors_name
 
 if TYPE_CHECKING:
@@ -39,12 +40,6 @@ if TYPE_CHECKING:
     from kpcore.io.reference import Reference
 
 EXTENSIONS = (".las", ".laz")
-# Of other formats: (layout, blocks, content), as in `ply`.
-OTHERS = {
-    ".ply": (ply.layout, ply.blocks, layout.content),
-    ".npy": (npz.layout_npy, npz.blocks_npy, npz.content_npy),
-    ".npz": (npz.layout, npz.blocks, npz.content),
-}
 _MOST_HEADERS = 64  # kept between calls; one has some hundred bytes to a megabyte
 
 
@@ -109,7 +104,7 @@ def opened(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -
     """
     path = Path(path)
     with errors_name(path):
-        if path.suffix.lower() in OTHERS:
+        if path.suffix.lower() in LAYOUTS:
             return _opened_other(path, None if columns is None else tuple(columns))
         size = checked_size(path, EXTENSIONS)
         with path.open("rb") as file:
@@ -126,14 +121,14 @@ def opened(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -
 
 
 def _opened_other(path: Path, columns: tuple[str, ...] | None) -> Scan:
-    suffix, size = path.suffix.lower(), checked_size(path, OTHERS)
+    suffix, size = path.suffix.lower(), checked_size(path, LAYOUTS)
     with path.open("rb") as file:
         _, modified = las.state_of(file)
     columns = columns if suffix in TABLES else None
     try:
-        found = OTHERS[suffix][0](path, size, Request(columns=columns))
+        found = LAYOUTS[suffix][0](path, size, Request(columns=columns))
     except OtherColumns:
-        found, columns = OTHERS[suffix][0](path, size, Request()), None
+        found, columns = LAYOUTS[suffix][0](path, size, Request()), None
     if not found.num:
         raise ReadError("holds no points")
     return Scan(
@@ -197,7 +192,7 @@ def _content(scan: Scan, records: np.ndarray, request: Request) -> tuple[Content
     telling = np.frombuffer(scan.telling, np.uint8).reshape(-1, scan.record_size)
     request = request._replace(columns=scan.columns, is_part=True)
     whole = np.concatenate([telling, records])
-    return OTHERS[Path(scan.path).suffix.lower()][2](scan.layout, whole, request), len(telling)
+    return LAYOUTS[Path(scan.path).suffix.lower()][2](scan.layout, whole, request), len(telling)
 
 
 @contextmanager
@@ -235,7 +230,7 @@ def records(scan: Scan, names: Collection[str] | None = None) -> Iterator[tuple[
             of_file = las.read_blocks(file, head, names)
         else:
             path = Path(scan.path)
-            of_file = OTHERS[path.suffix.lower()][1](path, scan.size, scan.layout, names)
+            of_file = LAYOUTS[path.suffix.lower()][1](path, scan.size, scan.layout, names)
         with closing(of_file), closing(las.ahead(of_file)) as blocks:
             for block in blocks:
                 las.check_unchanged(file, scan.state)
