@@ -232,19 +232,19 @@ def dense_seconds_per_point(model, file, blocks_of_lattice=4):
     import torch
 
     from kpcore.pipeline import blocks
-    from kpcore.pipeline.data import feature_reach, values_of
+    from kpcore.pipeline.data import coordinates, reach_of, values_of
 
     model = kp.load_model(model)
     fields = ("intensity", "return_number", "number_of_returns")
     cloud = io.read(file, fields=fields, exact=True)
     rows = np.arange(len(cloud.points))
-    values = values_of(model.settings, cloud, rows)
+    ranks = blocks.ranks_of(coordinates(cloud), values_of(model.settings, cloud, rows))
     params, state = ({name: torch.from_numpy(value) for name, value in group.items()}
                      for group in (model.params, model.state))  # fmt: skip
     pace = 0.0
     for lattice in blocks.LATTICES[: model.block_size.lattices]:
         seconds = labelled = 0
-        chosen = blocks.blocks_of(cloud, rows, model.block_size, feature_reach(model.settings), values, lattice.shift)
+        chosen = blocks.blocks_of(cloud, rows, model.block_size, reach_of(model.settings), ranks, lattice.shift)
         largest_first = sorted(chosen, key=lambda block: -block.inside.sum())
         for block in largest_first[:blocks_of_lattice]:
             block_input = blocks.input_of(model, cloud, block, lattice.angle)

@@ -81,12 +81,21 @@ def height_above_ground(
     >>> height[20, 20].round(1), abs(height[5]).max().round(2)  # on a slope to within its rise in half a cell
     (np.float64(6.0), np.float64(0.05))
     """
+    return heights_above_ground_of(points, None, cell=cell, window=window, slope=slope)
+
+
+def heights_above_ground_of(points: ArrayLike, around: np.ndarray | None, *, cell: float, window: float,
+                            slope: float) -> np.ndarray:  # fmt: skip
+    """The heights of points above the ground of these and of further points around them."""
     points = checks.points_array("points", points, {}, dimensions=(3,))
+    number = len(points)
+    if around is not None and len(around):
+        points = np.concatenate([points, around])
     cell, window = (checks.length(name, value, points.dtype) for name, value in (("cell", cell), ("window", window)))
     slope = checks.not_negative("slope", slope)
     if not np.isfinite(points).all():
         raise checks.not_finite(points=points)
-    if len(points) == 0:
+    if number == 0:
         return np.zeros(0)
     places = points[:, :2].astype(np.float64) / cell
     rows = np.floor(places)
@@ -99,11 +108,13 @@ def height_above_ground(
     limits = window / cell, slope * cell, 2.5 * cell
     margin = math.ceil(_MARGIN * window / cell) + 2
     if shape.max() <= max(2 * _TILE, 2 * margin):
-        return points[:, 2] - _ground_below(places, rows, points[:, 2], *limits)
-    out = np.empty(len(points))
+        return points[:number, 2] - _ground_below(places[:number], rows, points[:, 2], *limits)
+    out = np.empty(number)
     for inside, near in _tiles(rows, max(_TILE, margin), margin):
-        out[inside] = _ground_below(places[near], rows[near], points[near, 2], *limits)[np.isin(near, inside)]
-    return points[:, 2] - out
+        if len(inside := inside[inside < number]) == 0:
+            continue
+        out[inside] = _ground_below(places[inside], rows[near], points[near, 2], *limits)
+    return points[:number, 2] - out
 
 
 def _tiles(rows: np.ndarray, side: int, margin: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -126,7 +137,7 @@ def _tiles(rows: np.ndarray, side: int, margin: int) -> Iterator[tuple[np.ndarra
 
 def _ground_below(places: np.ndarray, rows: np.ndarray, heights: np.ndarray, window: float, rise: float,
                   noise: float) -> np.ndarray:  # fmt: skip
-    """The height of the ground at each point; places, rows and the window in cells."""
+    """The height of the ground at `places`, from the heights of points in `rows`; all these and the window in cells."""
     from scipy import ndimage
 
     first = rows.min(axis=0)
@@ -148,9 +159,13 @@ def _ground(lowest: np.ndarray, window: float, rise: float, noise: float) -> np.
     from scipy import ndimage
 
     surface = _filled(lowest)
-    around = ndimage.median_filter(surface, size=5, mode="nearest")
-    is_noise = surface < around - noise - _TIE
-    surface = np.where(is_noise, around, surface)
+    # Only cells that are so far below one of the cells around can be so far below their median, which takes longer.
+    is_noise = surface < ndimage.maximum_filter(surface, size=5, mode="nearest") - noise - _TIE
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(surface, 2, mode="edge"), (5, 5))[is_noise].reshape(-1, 25)
+    median = np.partition(around, 12, axis=1)[:, 12]
+    is_below = surface[is_noise] < median - noise - _TIE
+    is_noise[is_noise] = is_below
+    surface[is_noise] = median[is_below]
     is_ground = np.isfinite(lowest) & ~is_noise
     for half in _half_windows(window):
         opened = ndimage.grey_opening(surface, size=2 * half + 1, mode="nearest")
@@ -172,7 +187,7 @@ def _filled(values: np.ndarray) -> np.ndarray:
 
     known = np.isfinite(values)
     if known.all():
-        return values
+        return values.copy()
     half = tuple((size + 1) // 2 for size in values.shape)
     even = np.full((2 * half[0], 2 * half[1]), np.nan)
     even[: values.shape[0], : values.shape[1]] = values

@@ -8,7 +8,7 @@ import kpcore as kp
 from kpcore.io.cloud import Content, Request, cloud_of
 from kpcore.pipeline import blocks, data, labelling
 from kpcore.pipeline.blocks import BlockSize
-from kpcore.pipeline.data import Columns
+from kpcore.pipeline.data import Columns, Reach
 from kpcore.pipeline.model import Model
 from kpcore.pipeline.settings import from_dict
 
@@ -46,6 +46,13 @@ def model():
     return Model(net, params, state, config, columns, BlockSize(20.0, 6.0))
 
 
+NO_REACH = Reach(0.0, 0.0)
+
+
+def ranks(cloud):
+    return blocks.ranks_of(data.coordinates(cloud), {})
+
+
 def cells(points, side):
     return {tuple(cell) for cell in np.floor(points[:, :2] / side)}
 
@@ -58,7 +65,9 @@ def test_points_of_blocks(side, halo, reach):
     rows = np.flatnonzero(np.arange(2000) % 3 != 0)
     cloud = cloud_at(points)
     seen_by_cell = np.zeros(len(points), int)
-    listed = [*blocks.blocks_of(cloud, rows, BlockSize(side, halo), reach, {})]
+    further = 4.0  # from where heights above ground depend on a point
+    of_rows = blocks.ranks_of(data.coordinates(cloud, rows), {})
+    listed = [*blocks.blocks_of(cloud, rows, BlockSize(side, halo), Reach(reach, reach + further), of_rows)]
     assert len(listed) == len(cells(points[rows], side))
     for block in listed:
         assert_same_bits(rows[block.positions], block.rows)
@@ -68,6 +77,9 @@ def test_points_of_blocks(side, halo, reach):
             for margin in (halo + reach, halo)
         ]
         assert [{*block.rows}, {*block.rows[block.seen]}] == expected
+        wide = halo + reach + further
+        is_around = ((points[rows, :2] >= low - wide) & (points[rows, :2] <= low + side + wide)).all(axis=1)
+        assert {*block.around} == {*rows[is_around]} - {*block.rows}
         in_cell = block.rows[block.inside]
         assert (np.floor(points[in_cell, :2] / side) == low / side).all()
         seen_by_cell[in_cell] += 1
@@ -116,7 +128,7 @@ def test_a_block_is_one_item_of_the_network(model):
     points, intensity = terrain(1500)
     cloud = cloud_at(points, intensity=intensity)
     single = Model(model.net, model.params, model.state, model.settings, model.columns, BlockSize(20.0, 6.0, 1))
-    block = next(blocks.blocks_of(cloud, np.arange(1500), single.block_size, 15.0, {}))
+    block = next(blocks.blocks_of(cloud, np.arange(1500), single.block_size, Reach(0.0, 15.0), ranks(cloud)))
     heights = kp.height_above_ground(points[block.rows], window=10.0)[block.seen]
     rows = block.rows[block.seen]
     columns = np.column_stack([np.ones(len(rows)), (heights - 3) / 4, (intensity[rows] - 100) / 50]).astype(np.float32)
@@ -179,9 +191,9 @@ def test_two_lattices_are_averaged(model):
     second = 2 * both - first
     assert abs(second - first).max() > 1e-4 and abs(both.sum(axis=1) - 1).max() < 1e-5
     # A lattice that is shifted by half a side is that of points shifted by as much.
-    shifted = [*blocks.blocks_of(cloud, np.arange(2500), single.block_size, 0.0, {}, 0.5)]
+    shifted = [*blocks.blocks_of(cloud, np.arange(2500), single.block_size, NO_REACH, ranks(cloud), 0.5)]
     moved = cloud_at(points - np.array([10.0, 10.0, 0]), intensity=intensity)
-    plain = [*blocks.blocks_of(moved, np.arange(2500), single.block_size, 0.0, {})]
+    plain = [*blocks.blocks_of(moved, np.arange(2500), single.block_size, NO_REACH, ranks(moved))]
     assert [{*one.rows[one.inside]} for one in shifted] == [{*one.rows[one.inside]} for one in plain]
     for rotate, are_turned in (("vertical", True), ("none", False), (20.0, False), (45.0, True)):
         config = from_dict(SETTINGS | {"training": {"radius": 6.0, "rotate": rotate}})

@@ -46,10 +46,10 @@ def check(path, number):
         assert len(rows) <= copc.num_points_in(scan, low, high) <= scan.num_points
         with laspy.CopcReader.open(path) as reader:
             bounds = laspy.copc.Bounds(np.append(low, -1e4), np.append(high, 1e4))
-            theirs = reader.query(bounds).array.view(np.uint8).reshape(-1, scan.record_size)
+            of_laspy = reader.query(bounds).array.view(np.uint8).reshape(-1, scan.record_size)
         weights = RNG.integers(2**64, size=scan.record_size, dtype=np.uint64)  # sums of 64 bits stand for the records
-        ours, theirs = (np.sort(one.astype(np.uint64) @ weights) for one in (records, theirs))
-        np.testing.assert_array_equal(ours, theirs)
+        sums, expected = (np.sort(one.astype(np.uint64) @ weights) for one in (records, of_laspy))
+        np.testing.assert_array_equal(sums, expected)
     return scan, whole
 
 

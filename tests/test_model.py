@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from reference import assert_same_bits
 
 import kpcore as kp
 from kpcore import nn
-from kpcore.pipeline import blocks, data, statistics
+from kpcore.pipeline import blocks, data, model, statistics
 from kpcore.pipeline.blocks import BlockSize
 from kpcore.pipeline.data import Columns
 from kpcore.pipeline.model import Model
@@ -69,6 +70,24 @@ def test_a_model_that_is_loaded(saved):
         nn.checkpoints.write(bad, groups, about | {name: value})
         with pytest.raises(ValueError, match=rf"bad\.safetensors: .*{message}"):
             kp.load_model(bad)
+
+
+def test_a_model_that_is_kept(saved, tmp_path):
+    """Its file is mapped, not read again, and predicts the same; another file in its place is loaded."""
+    path, (points, fields) = tmp_path / "m.safetensors", scan()
+    path.write_bytes(saved.read_bytes())
+    with ThreadPoolExecutor(4) as threads:
+        models = {*threads.map(model.kept, [path] * 8)}
+    (kept,) = models
+    assert not any(array.flags.writeable for array in kept.params.values())
+    expected, got = (one.predict(points, **fields) for one in (kp.load_model(saved), kept))
+    for one, other in zip(expected[:4], got[:4], strict=True):
+        assert_same_bits(one, other)
+    groups, about = nn.checkpoints.read(path)
+    nn.checkpoints.write(path, groups, about | {"result": None})
+    assert model.kept(path) is not kept and model.kept(path).history == {"result": None}
+    with pytest.raises(FileNotFoundError):
+        model.kept(tmp_path / "none")
 
 
 def test_predictions(saved):

@@ -1533,11 +1533,43 @@ DAMAGED = "is damaged, or no safetensors file: "
 def test_model_files_that_are_damaged(tmp_path, content, said):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError) as refused:
-        nn.load(path)
-    line = str(refused.value)
-    assert line.startswith(f"{path}: {said}" if said.startswith(DAMAGED) else f"{path}: ")
-    assert said in line and "\n" not in line
+    for mapped in (False, True):
+        with pytest.raises(ValueError) as refused:
+            nn.load(path, mapped=mapped)
+        line = str(refused.value)
+        assert line.startswith(f"{path}: {said}" if said.startswith(DAMAGED) else f"{path}: ")
+        assert said in line and "\n" not in line
+
+
+def test_model_files_in_memory(tmp_path):
+    """Mapped arrays are those that are read, aligned and read-only, also where the file does not align them."""
+    header = {"x.a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+              "x.b": {"dtype": "F64", "shape": [2, 1], "data_offsets": [3, 19]},
+              "x.c": {"dtype": "I16", "shape": [0, 4], "data_offsets": [19, 19]},
+              "x.d": {"dtype": "F32", "shape": [], "data_offsets": [19, 23]}}  # fmt: skip
+    data = bytes(range(3)) + np.array([1.5, -2.0]).tobytes() + np.array(3, np.float32).tobytes()
+    for spaces in range(8):
+        text = json.dumps(header).encode() + b" " * spaces
+        (tmp_path / "a").write_bytes(safetensors_bytes(text, data))
+        (read, about), (mapped, also) = (checkpoints.read(tmp_path / "a", mapped=mapped) for mapped in (False, True))
+        assert about == also and read.keys() == mapped.keys() and [*read["x"]] == [*mapped["x"]]
+        for name, array in mapped["x"].items():
+            assert_same_bits(array, read["x"][name])
+            assert array.flags.aligned and not array.flags.writeable
+        assert mapped["x"]["a"].base is not None  # a view: this one needs no alignment
+    net = small()
+    params, state = net.init()
+    nn.save(tmp_path / "net", net, params, state)
+    again, *groups, _ = nn.load(tmp_path / "net", mapped=True)
+    assert again == net and all(array.base is not None for group in groups for array in group.values())
+    pyramid = net.pyramid(np.random.default_rng(0).random((500, 3), np.float32))
+    features = np.ones((len(pyramid[0].points), net.num_features), np.float32)
+    results = [net(kp, *arrays, pyramid, features).logits for arrays in (groups, (params, state))]
+    assert_same_bits(*results)
+    nn.save(tmp_path / "net", net, net.init(1)[0], state)  # as a training does, while another process has it mapped
+    for one, other in zip(groups, (params, state), strict=True):
+        for name, value in other.items():
+            assert_same_bits(one[name], value)
 
 
 WORDS = (*b'"{}[],:0148-e.\\ \n\0\xff',)  # bytes that mean something in a header

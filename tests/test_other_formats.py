@@ -185,7 +185,7 @@ def written(source, out, *args, **more):
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(WRITE, READ)))
 def test_every_format_into_every_other(tmp_path, monkeypatch, before, after):
-    for module, name in ((las_format, "_BLOCK"), (table_module, "BLOCK"), (pcd_format, "BLOCK"), (text_format, "ROWS")):
+    for module, name in ((las_format, "BLOCK"), (table_module, "BLOCK"), (pcd_format, "BLOCK"), (text_format, "ROWS")):
         monkeypatch.setattr(module, name, 7)  # several blocks
     if {before, after} & {".laz"}:
         pytest.importorskip("lazrs")

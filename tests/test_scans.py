@@ -40,20 +40,20 @@ def test_pieces_of_real_files_are_what_read_reads(shared, name, monkeypatch):
         assert (scan.low, scan.high) == (tuple(header.mins), tuple(header.maxs))
         assert scan.is_copc == name.endswith(".copc.laz")
     request = Request(fields=("gps_time", "return_number", "Z"), ignore=("overlap", "withheld", 7))
-    found, expected = joined(scan, request), read(path, fields=request.fields, label="classification", exact=True)
-    np.testing.assert_array_equal(found["points"], expected.exact)
-    np.testing.assert_array_equal(found["labels"], expected.labels)
+    actual, expected = joined(scan, request), read(path, fields=request.fields, label="classification", exact=True)
+    np.testing.assert_array_equal(actual["points"], expected.exact)
+    np.testing.assert_array_equal(actual["labels"], expected.labels)
     for field in request.fields:
-        np.testing.assert_array_equal(found[field], expected.fields[field.lower()])
+        np.testing.assert_array_equal(actual[field], expected.fields[field.lower()])
     points = laspy.read(path)
     is_overlap = points.overlap if "overlap" in points.point_format.dimension_names else points.classification == 12
-    np.testing.assert_array_equal(found["overlap"] != 0, is_overlap)
-    np.testing.assert_array_equal(found["withheld"] != 0, points.withheld)
+    np.testing.assert_array_equal(actual["overlap"] != 0, is_overlap)
+    np.testing.assert_array_equal(actual["withheld"] != 0, points.withheld)
     if scan.has_colors:
         rgb = np.column_stack([points.red, points.green, points.blue])
         blocks = [scans.widest_color(scan, block) for _, block in scans.records(scan)]
         assert max(blocks) == rgb.max() and len(blocks) == -(-len(rgb) // 50_000)
-        np.testing.assert_array_equal(found["colors"], rgb // 256)
+        np.testing.assert_array_equal(actual["colors"], rgb // 256)
     assert expected.reference == scan.reference
 
 
@@ -63,9 +63,9 @@ def test_nothing_is_decided_by_the_values_of_a_piece(write, form, monkeypatch):
     monkeypatch.setattr("kpcore.io.las.BLOCK", 2)
     path = write("a.las" if form is las else "a.laz", form(POINTS))
     scan = scans.opened(path)
-    found = joined(scan, Request())
-    assert np.array_equal(found["colors"], COLORS) and np.array_equal(found["labels"], LABELS)
-    assert np.array_equal(found["points"], POINTS)
+    actual = joined(scan, Request())
+    assert np.array_equal(actual["colors"], COLORS) and np.array_equal(actual["labels"], LABELS)
+    assert np.array_equal(actual["points"], POINTS)
     assert joined(scan, Request(), None)["colors"] is None
     write_labels(path, path.with_name("b.las"), np.zeros(4, int))
     zeros = joined(scans.opened(path.with_name("b.las")), Request())["labels"]
@@ -150,8 +150,8 @@ def test_a_box_that_cannot_be_right_is_none(write, box, is_known):
     assert (scan.low is None) == (scan.high is None) == (not is_known)
     if is_known:
         assert (scan.low, scan.high) == ((0, 0, 0), (50, 50, 50))
-    found = scans.measured(scan)
-    assert (found.low, found.high) == (tuple(points.min(axis=0)), tuple(points.max(axis=0)))
+    actual = scans.measured(scan)
+    assert (actual.low, actual.high) == (tuple(points.min(axis=0)), tuple(points.max(axis=0)))
     assert pickle.loads(pickle.dumps(scan)) == scan
 
 

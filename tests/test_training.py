@@ -421,7 +421,7 @@ def test_features_of_the_local_surface(surface):
     assert columns.center == {"color": 0.0} | dict.fromkeys(SURFACE, 0.0)
     assert columns.scale == {"color": 255.0} | dict.fromkeys(SURFACE, 1.0)
     assert data.columns_of(config, dataclasses.asdict(columns)) == columns
-    assert data.feature_reach(config) == pytest.approx(0.3 if options else 0.2 * surface.get("neighbors", 20) ** 0.5)
+    assert max(data.reach_of(config)) == pytest.approx(0.3 if options else 0.2 * surface.get("neighbors", 20) ** 0.5)
 
 
 @pytest.mark.parametrize("rotate", ["vertical", "all", "none", 20])

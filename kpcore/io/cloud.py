@@ -137,7 +137,7 @@ class LabelField(NamedTuple):
 
 
 def pieces_of(labels: np.ndarray, kept: np.ndarray, extra: Mapping[str, np.ndarray]) -> Pieces:
-    """The `Pieces` of whole arrays, whose blocks are asked for in file order."""
+    """The `Pieces` of whole arrays, for blocks in the order of the file."""
     done = 0
 
     def piece(first_row: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:

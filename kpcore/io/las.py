@@ -41,7 +41,7 @@ from kpcore.io.reference import combined
 from kpcore.io.table import Column, Table, unique
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import BinaryIO
 
@@ -587,7 +587,7 @@ def read_blocks(file: BinaryIO, head: Header, names: Collection[str] | None = No
         yield records
 
 
-def ahead(blocks: Iterator[T]) -> Iterator[T]:
+def ahead(blocks: Iterator[T]) -> Generator[T, None, None]:
     """The same blocks; while one is used, a thread reads the next, unless kpcore uses one thread."""
     if get_num_threads() == 1:
         yield from blocks

@@ -147,13 +147,11 @@ def measured(scan: Scan, label: str | None = None) -> Scan:
     if scan.layout is not None:
         return _measured_other(scan, label)
     low, high = np.full(3, np.inf), np.full(3, -np.inf)
-    axes = las.selected(scan.dimensions, Request()).axes
-    for _, block in records(scan, {"x", "y", "z"}):
-        for axis, dimension in enumerate(axes):
-            values = dimension.read(block)
-            values = values[np.isfinite(values)]
-            low[axis] = min(low[axis], values.min(initial=np.inf))
-            high[axis] = max(high[axis], values.max(initial=-np.inf))
+    for _, block in records(scan, "xyz"):
+        places = coordinates(scan, block)
+        is_finite = np.isfinite(places)
+        low = np.minimum(low, places.min(axis=0, where=is_finite, initial=np.inf))
+        high = np.maximum(high, places.max(axis=0, where=is_finite, initial=-np.inf))
     if not (low <= high).all():
         raise ReadError(f"{scan.path}: has no finite points")
     return scan._replace(low=tuple(low.tolist()), high=tuple(high.tolist()))

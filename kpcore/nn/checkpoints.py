@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import mmap
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,9 +43,15 @@ def save(path: str | os.PathLike[str], net: Network | KPNeXt, params: Parameters
     write(path, {"params": params, "state": state}, about_network(net) | more)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Network | KPNeXt, Arrays, Arrays, dict[str, Any]]:
-    """(network, params, state, more) of a file that `save` wrote, with NumPy arrays; a ValueError for other files."""
-    groups, about = read(path)
+def load(
+    path: str | os.PathLike[str], *, mapped: bool = False
+) -> tuple[Network | KPNeXt, Arrays, Arrays, dict[str, Any]]:
+    """(network, params, state, more) of a file that `save` wrote, with NumPy arrays; a ValueError for other files.
+
+    With `mapped` the arrays are read-only views of the file in memory, which all processes of a machine share. The file
+    may be replaced, as `save` does, but not changed as long as they are in use.
+    """
+    groups, about = read(path, mapped=mapped)
     with errors_name(path):
         net = _network(about.pop("network", None))
         params, state = groups.get("params", {}), groups.get("state", {})
@@ -102,8 +109,8 @@ _DTYPES = {
 _LONGEST_HEADER = 100_000_000  # bytes, as in the library safetensors
 
 
-def _contents(file: BinaryIO) -> tuple[dict[str, str], Arrays]:
-    """(metadata, arrays) of an open safetensors file: new arrays, in the order of their names.
+def _contents(file: BinaryIO, mapped: bool = False) -> tuple[dict[str, str], Arrays]:
+    """(metadata, arrays) of an open safetensors file: new arrays, or views of it, in the order of their names.
 
     The file is the length of the header in 8 bytes, the header, and the arrays without gaps between them. The header is
     a JSON object in UTF-8 with an entry for each array, and texts by name as ``__metadata__``
@@ -133,11 +140,25 @@ def _contents(file: BinaryIO) -> tuple[dict[str, str], Arrays]:
         end = stop
     if 8 + length + end != size:
         raise ValueError(f"expected {8 + length + end} bytes, as the header says, got {size}")
+    if mapped:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        views = ((name, _view(memory, dtype, shape, 8 + length + begin)) for name, dtype, shape, begin, _ in entries)
+        return metadata, dict(sorted(views))
     arrays = {name: np.empty(shape, dtype) for name, dtype, shape, _, _ in entries}
     for name, array in arrays.items():
         if file.readinto(array) != array.nbytes:
             raise ValueError(f"{name!r}: expected {array.nbytes} bytes, got fewer: the file has become shorter")
     return metadata, dict(sorted(arrays.items()))
+
+
+def _view(memory: mmap.mmap, dtype: str, shape: list[int], offset: int) -> np.ndarray:
+    """A read-only array of a part of a file in memory; a copy where the part is not aligned, as it need not be."""
+    num = math.prod(shape)
+    array = np.frombuffer(memory, dtype, num, offset).reshape(shape) if num else np.empty(shape, dtype)
+    if not array.flags.aligned:
+        array = array.copy()
+    array.flags.writeable = False
+    return array
 
 
 def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -178,8 +199,8 @@ def _entry(name: str, entry: Any) -> tuple[str, list[int], int, int]:
     return _DTYPES[kind], shape, *offsets
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Arrays], dict[str, Any]]:
-    """(groups, about) of a file that `write` wrote."""
+def read(path: str | os.PathLike[str], *, mapped: bool = False) -> tuple[dict[str, Arrays], dict[str, Any]]:
+    """(groups, about) of a file that `write` wrote; `mapped`: see `load`."""
     path = Path(path)
     if path.is_dir():
         inside = path / "best.safetensors"
@@ -189,7 +210,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Arrays], dict[str, Any
         raise ValueError(f"{path}: is not a regular file")
     with path.open("rb") as file, errors_name(path):
         try:
-            metadata, arrays = _contents(file)
+            metadata, arrays = _contents(file, mapped)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"is damaged, or no safetensors file: {error}") from None
         about = json.loads(metadata.get("kpcore", "{}"))

@@ -21,7 +21,7 @@ from kpcore import nn
 from kpcore.backends import devices
 from kpcore.dispositions import rotated
 from kpcore.pipeline import batches
-from kpcore.pipeline.data import computed_values, coordinates, feature_reach, subsampled, values_of
+from kpcore.pipeline.data import computed_values, coordinates, reach_of, subsampled, values_of
 from kpcore.pipeline.settings import LENGTHS, SettingsError
 from kpcore.pyramid import Pyramid
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from kpcore.io import Cloud
-    from kpcore.pipeline.data import Scene
+    from kpcore.pipeline.data import Reach, Scene
     from kpcore.pipeline.model import Model
     from kpcore.pipeline.settings import Settings
     from kpcore.pipeline.statistics import Observed
@@ -70,6 +70,7 @@ class Block(NamedTuple):
     positions: np.ndarray  #: (n,) of these in the rows of the cloud that are labelled
     seen: np.ndarray  #: (n,) bool, points in the cell and in the margin that the network sees
     inside: np.ndarray  #: (n,) bool, points in the cell
+    around: np.ndarray  #: (m,) further points, in any order, on which only heights above ground depend
 
 
 class Cells(NamedTuple):
@@ -125,13 +126,12 @@ def size_of(described: Mapping[str, float]) -> BlockSize:
     return size
 
 
-def blocks_of(cloud: Cloud, rows: np.ndarray, size: BlockSize, reach: float, values: Mapping[str, np.ndarray],
-              shift: float = 0.0, cells: Cells | None = None) -> Iterator[Block]:  # fmt: skip
+def blocks_of(cloud: Cloud, rows: np.ndarray, size: BlockSize, reach: Reach, ranks: np.ndarray, shift: float = 0.0,
+              cells: Cells | None = None) -> Iterator[Block]:  # fmt: skip
     """The blocks of some points of a cloud, each with a point in its cell; by x, then by y.
 
-    `reach` is the width of the margin around the one that the network sees. `values` by name, (n,) or (n, width), order
-    points that are at the same place. `shift` is that of the lattice, in sides. With `cells` there are the blocks of
-    these alone.
+    `reach` is beyond the margin that the network sees. `ranks` are those of the points by `ranks_of`. `shift` is that
+    of the lattice, in sides. With `cells` there are the blocks of these alone.
     """
     points = coordinates(cloud, rows)
     cell_of = np.floor(points[:, :2] / size.side - shift)
@@ -146,25 +146,34 @@ def blocks_of(cloud: Cloud, rows: np.ndarray, size: BlockSize, reach: float, val
     if cells is None:
         check_blocks(size, len(rows), len(starts))
     numbers = {(int(x), int(y)): number for number, (x, y) in enumerate(cell_of[order[starts]])}
-    around = math.ceil((size.halo + reach) / size.side)
-    steps = range(-around, around + 1)
+    del cell_of
+    by_cell = [points[order, axis] for axis in (0, 1)]  # so that the coordinates of a cell are together
+    widest = size.halo + max(reach)
+    number_around = math.floor(widest / size.side) + 1  # a point at this distance may be the first of the next cell
+    steps = range(-number_around, number_around + 1)
     for (x, y), number in numbers.items():
         if cells is not None and not (cells.x <= x < cells.x + cells.number and cells.y <= y < cells.y + cells.number):
             continue
         near = [numbers[x + dx, y + dy] for dx in steps for dy in steps if (x + dx, y + dy) in numbers]
-        rows_near = np.concatenate([order[starts[other] : ends[other]] for other in near])
         low, high = (np.array([x, y]) + shift) * size.side, (np.array([x, y]) + shift + 1) * size.side
-        # The distance to the cell along an axis; 0 in it, although a quotient may be rounded up to the next cell.
-        inside = np.repeat([other == number for other in near], [ends[other] - starts[other] for other in near])
-        outside = np.maximum(low - points[rows_near, :2], points[rows_near, :2] - high).max(axis=1)
-        outside[inside] = 0
-        kept = np.flatnonzero(outside <= size.halo + reach)
-        kept = kept[_order_of_values(points[rows_near[kept]],
-                                     {name: column[rows_near[kept]] for name, column in values.items()})]  # fmt: skip
-        rows_near, seen, inside = rows_near[kept], outside[kept] <= size.halo, inside[kept]
+        parts, around = [], []
+        for other in near:
+            of_cell = slice(starts[other], ends[other])
+            # The distance to the cell; 0 in it, although a quotient may be rounded up to the next cell.
+            distance = np.zeros(ends[other] - starts[other])
+            for axis in (0, 1) if other != number else ():
+                np.maximum(distance, low[axis] - by_cell[axis][of_cell], out=distance)
+                np.maximum(distance, by_cell[axis][of_cell] - high[axis], out=distance)
+            is_near = distance <= size.halo + reach.surface
+            around.append(order[of_cell][(distance <= widest) & ~is_near])
+            rows_of_cell, seen = order[of_cell][is_near], distance[is_near] <= size.halo
+            parts.append((rows_of_cell, seen, np.full(len(seen), other == number)))
+        rows_near, seen, inside = (np.concatenate(column) for column in zip(*parts, strict=True))
+        around, sort = np.concatenate(around), np.argsort(ranks[rows_near], kind="stable")
+        rows_near, seen, inside = rows_near[sort], seen[sort], inside[sort]
         heights = np.sort(points[rows_near[inside], 2])
         center = np.array([*(low + high) / 2, heights[len(heights) // 2]])
-        yield Block(center, rows[rows_near], rows_near, seen, inside)
+        yield Block(center, rows[rows_near], rows_near, seen, inside, rows[around])
 
 
 def check_blocks(size: BlockSize, points: int, blocks: int) -> None:
@@ -176,8 +185,8 @@ def check_blocks(size: BlockSize, points: int, blocks: int) -> None:
         )
 
 
-def _order_of_values(points: np.ndarray, values: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The order of points by x, y and z, then by their values.
+def ranks_of(points: np.ndarray, values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(n,) int32 place of each point in the order by x, y and z, then by `values` by name, (n,) or (n, width).
 
     Three sorts of single numbers, and a sort of what is equal in x and y, take a third of the time of np.lexsort.
     """
@@ -189,7 +198,9 @@ def _order_of_values(points: np.ndarray, values: Mapping[str, np.ndarray]) -> np
     if tied.any():
         rows = order[tied]
         order[tied] = rows[np.lexsort([*(column[rows] for column in columns_of(values)), points[rows, 2], key[rows]])]
-    return order
+    ranks = np.empty(len(order), np.int32)
+    ranks[order] = np.arange(len(order))
+    return ranks
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -214,7 +225,7 @@ def input_of(model: Model, cloud: Cloud, block: Block, angle: float = 0.0, like:
     settings, net = model.settings, model.net
     points = coordinates(cloud, block.rows)
     known = values_of(settings, cloud, block.rows)
-    values = known | computed_values(settings, points, known)
+    values = known | computed_values(settings, points, known, coordinates(cloud, block.around))
     seen = block.seen
     local = (points[seen] - block.center).astype(np.float32)
     features = model.columns.clipped(local, {name: column[seen] for name, column in values.items()})
@@ -293,10 +304,9 @@ def probabilities(model: Model, cloud: Cloud, rows: np.ndarray, *, like: ArrayLi
     """
     lattices = LATTICES[: model.block_size.lattices]
     total = np.zeros((len(rows), model.net.num_classes), np.float32) if len(lattices) > 1 else None
-    values = values_of(model.settings, cloud, rows)
-    done = 0
+    ranks, done = ranks_of(coordinates(cloud, rows), values_of(model.settings, cloud, rows)), 0
     for number, lattice in enumerate(lattices, 1):
-        for positions, shares in of_lattice(model, cloud, rows, lattice, values, like=like, observed=observed):
+        for positions, shares in of_lattice(model, cloud, rows, lattice, ranks, like=like, observed=observed):
             if total is None:
                 yield positions, shares
             elif number < len(lattices):
@@ -308,12 +318,12 @@ def probabilities(model: Model, cloud: Cloud, rows: np.ndarray, *, like: ArrayLi
                 watch(done / (len(rows) * len(lattices)))
 
 
-def of_lattice(model: Model, cloud: Cloud, rows: np.ndarray, lattice: Lattice, values: Mapping[str, np.ndarray], *,
+def of_lattice(model: Model, cloud: Cloud, rows: np.ndarray, lattice: Lattice, ranks: np.ndarray, *,
                cells: Cells | None = None, like: ArrayLike | None = None, observed: Observed | None = None
                ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """(positions in `rows`, (n, classes) probabilities) of the points in each block of a lattice, see `blocks_of`."""
     settings, net = model.settings, model.net
-    chosen = blocks_of(cloud, rows, model.block_size, feature_reach(settings), values, lattice.shift, cells)
+    chosen = blocks_of(cloud, rows, model.block_size, reach_of(settings), ranks, lattice.shift, cells)
     groups = model.params, model.state
     if devices.is_array(like):
         groups = ({name: devices.to_device_of(like, value) for name, value in group.items()} for group in groups)

@@ -9,7 +9,7 @@ import warnings
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from kpcore.io.formats import field_names, read_columns
 from kpcore.pipeline import filenames, objects
 from kpcore.pipeline.settings import COMPUTED_FEATURES, SURFACE_FEATURES, SettingsError, near
 from kpcore.scenes import PART_LABELS, indoor, shapes
+from kpcore.terrain import heights_above_ground_of
 
 if TYPE_CHECKING:
     import os
@@ -313,13 +314,16 @@ def values_of(settings: Settings, cloud: Cloud, rows: np.ndarray) -> dict[str, n
     return values
 
 
-def computed_values(settings: Settings, points: np.ndarray, known: Collection[str]) -> dict[str, np.ndarray]:
-    """Values of the features that are computed from all points around, by name, but for those that are `known`."""
+def computed_values(settings: Settings, points: np.ndarray, known: Collection[str],
+                    around: np.ndarray | None = None) -> dict[str, np.ndarray]:  # fmt: skip
+    """Values of the features that are computed from all points around, by name, but for those that are `known`.
+
+    The ground is that of the points and of those `around`.
+    """
     values, ground = {}, settings.data.ground
     if HEIGHT in settings.data.features and HEIGHT not in known:
-        values[HEIGHT] = kp.height_above_ground(
-            points, cell=ground.cell, window=ground.window, slope=ground.slope
-        ).astype(np.float32)
+        lengths = {"cell": ground.cell, "window": ground.window, "slope": ground.slope}
+        values[HEIGHT] = heights_above_ground_of(points, around, **lengths).astype(np.float32)
     return values | _surface_values(settings, points, known)
 
 
@@ -337,14 +341,21 @@ def _surface_values(settings: Settings, points: np.ndarray, known: Collection[st
     return {name: getattr(features, name).astype(np.float32) for name in names}
 
 
-def feature_reach(settings: Settings) -> float:
-    """The distance up to which other points have an effect on the computed features of a point."""
-    reach = 1.5 * settings.data.ground.window if HEIGHT in settings.data.features else 0.0
+class Reach(NamedTuple):
+    """The distances up to which other points have an effect on the computed features of a point."""
+
+    surface: float  #: on the features of the local surface
+    ground: float  #: on the height above ground
+
+
+def reach_of(settings: Settings) -> Reach:
+    """How far the computed features reach."""
+    surface, ground = 0.0, 1.5 * settings.data.ground.window if HEIGHT in settings.data.features else 0.0
     if any(name in SURFACE_FEATURES for name in settings.data.features):
         # Where a surface has one point in each voxel, its k nearest are within sqrt(k / pi) voxels; almost twice that.
-        surface = settings.data.surface
-        reach = max(reach, surface.radius or settings.network.voxel_size * math.sqrt(surface.neighbors))
-    return reach
+        about = settings.data.surface
+        surface = about.radius or settings.network.voxel_size * math.sqrt(about.neighbors)
+    return Reach(surface, ground)
 
 
 def coordinates(cloud: Cloud, rows: np.ndarray | slice = slice(None)) -> np.ndarray:

@@ -12,6 +12,7 @@ from and write to storage that all workers share; only small values travel. `con
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import platform
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -38,8 +40,9 @@ if TYPE_CHECKING:
 
     import distributed
 
-_SECONDS_TO_CONNECT = 10  # to a scheduler of Dask, and until it has a worker
+_SECONDS_TO_CONNECT = 5  # to a scheduler of Dask, and until it has a worker
 _SECONDS_WITHOUT_WORKERS = 600  # until a run ends, during which a cluster may start new ones
+_SILENT = logging.CRITICAL + 1  # level of a log
 _LOSSES_IN_COMPANY = 2  # of a task, before it runs alone
 _STARTS = 3  # attempts to start processes after others were killed
 
@@ -248,6 +251,8 @@ class Engine:
         ------
         Unfit
             A worker has another version of kpcore, or does not run the instruction set.
+        TypeError
+            Processes cannot import the function.
         RuntimeError, ConnectionError
             Processes cannot be started; the connection to Dask is lost, or all its workers for ten minutes.
         BrokenExecutor
@@ -282,6 +287,8 @@ class Engine:
             else:
                 (suspects if job.losses == _LOSSES_IN_COMPANY else jobs).append(job)
 
+        if self._renew:
+            self._check_importable(function)
         try:
             while True:
                 alone = any(job.losses == _LOSSES_IN_COMPANY for job in under_way.values())
@@ -330,6 +337,19 @@ class Engine:
             if cpu.isa() != before and _users == 0:
                 cpu.set_isa(before)
 
+    def _check_importable(self, function: Callable[[Any], Any]) -> None:
+        """Raise an error for a function that processes cannot load: each would end, as if it had been killed."""
+        try:
+            data = pickle.dumps(function)
+            try:
+                self._submit(functools.partial(_load, data)).result()
+            except BrokenProcessPool:  # killed since the last run
+                self._renew()
+                self._submit(functools.partial(_load, data)).result()
+        except (pickle.PicklingError, AttributeError, ImportError, TypeError) as error:
+            raise TypeError(f"function: expected one of a module that workers can import, got {function!r}: {error}"
+                            ) from None  # fmt: skip
+
     def close(self) -> None:
         """End the workers that the engine has started."""
         if self._end:
@@ -340,6 +360,10 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _load(data: bytes) -> None:
+    pickle.loads(data)
 
 
 def _exception(future: Future[Any]) -> BaseException | None:
@@ -401,10 +425,10 @@ def processes(workers: int, *, memory: int | None = None) -> Engine:
     Raises
     ------
     RuntimeError
-        The processes do not start, or this is the import of a script by one of them.
+        The processes do not start.
     """
     workers = checks.integer("workers", workers, 1, 1024)
-    _refuse_in_import_of_main()
+    _end_in_import_of_main()
     context = multiprocessing.get_context("spawn")
     threads = max(1, config.get_num_threads() // workers)
     pool: ProcessPoolExecutor | None = None
@@ -423,8 +447,7 @@ def processes(workers: int, *, memory: int | None = None) -> Engine:
             if not isinstance(error, BrokenProcessPool):
                 raise
             if attempts == 1:
-                raise RuntimeError("workers: expected processes that start, got one that ended at once; it may have "
-                                   "written the reason above") from None  # fmt: skip
+                raise _no_start() from None
             start(attempts - 1)
 
     def end() -> None:
@@ -449,11 +472,15 @@ def processes(workers: int, *, memory: int | None = None) -> Engine:
                   lambda: [submit(machine).result()], renew, end)  # fmt: skip
 
 
-def _refuse_in_import_of_main() -> None:
-    """Raise an error in a spawned process that is importing the script of its parent, and would start others."""
+def _end_in_import_of_main() -> None:
+    """End a spawned process that imports the script of its parent and comes to the start of processes there."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError('workers: expected a script that starts them under if __name__ == "__main__":, got one that '
-                           "starts them when a worker imports it")  # fmt: skip
+        sys.exit("kpcore: a worker that imports this script came to the start of workers")
+
+
+def _no_start() -> RuntimeError:
+    return RuntimeError('workers: expected processes that start, got one that ended at once; a script starts them '
+                        'under if __name__ == "__main__":')  # fmt: skip
 
 
 def _begin_worker(theirs: Any, threads: int, memory: int | None) -> None:
@@ -525,12 +552,12 @@ def dask(cluster: str | distributed.Client, *, memory: int | None = None) -> Eng
         Workers have no kpcore, or another version.
     """
     distributed = require("distributed", "dask")
-    local = re.fullmatch(r"local:([1-9]\d{0,3})", cluster) if isinstance(cluster, str) else None
+    local = re.fullmatch(r"local:(.*)", cluster) if isinstance(cluster, str) else None
     with contextlib.ExitStack() as stack:
         if isinstance(cluster, str):
             _silence_dask(stack)
         if local:
-            client, where, threads = _local_client(distributed, int(local[1]), stack)
+            client, where, threads = _local_client(distributed, local[1], stack)
         elif isinstance(cluster, str):
             client, where, threads = _remote_client(distributed, cluster, stack), f"Dask at {cluster}", None
         elif isinstance(cluster, distributed.Client) and not cluster.asynchronous:
@@ -565,26 +592,41 @@ def _silence_dask(stack: contextlib.ExitStack) -> None:
     for name in ("distributed", "distributed.client", "tornado.application"):
         logger = logging.getLogger(name)
         stack.callback(logger.setLevel, logger.level)
-        logger.setLevel(logging.CRITICAL + 1)
+        logger.setLevel(_SILENT)
 
 
-def _local_client(distributed: Any, workers: int, stack: contextlib.ExitStack) -> tuple[distributed.Client, str, int]:
-    _refuse_in_import_of_main()
-    cluster = stack.enter_context(distributed.LocalCluster(
-        n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address=None,
-        silence_logs=logging.CRITICAL + 1,
-    ))  # fmt: skip
-    client = stack.enter_context(distributed.Client(cluster, set_as_default=False))
-    return client, "Dask here", max(1, config.get_num_threads() // workers)
+def _local_client(distributed: Any, workers: str, stack: contextlib.ExitStack) -> tuple[distributed.Client, str, int]:
+    if not re.fullmatch(r"[1-9]\d{0,2}", workers):
+        raise ValueError(f"cluster: expected local:N with 1 to 999 workers, got 'local:{workers}'")
+    _end_in_import_of_main()
+    try:
+        cluster = distributed.LocalCluster(n_workers=int(workers), threads_per_worker=1, processes=True, memory_limit=0,
+                                           dashboard_address="127.0.0.1:0", silence_logs=_SILENT, scheduler_kwargs={
+                                               "dashboard": False, "allowed_failures": _LOSSES_IN_COMPANY - 1,
+                                           })  # fmt: skip
+    except RuntimeError as error:
+        raise _no_start() from error
+    client = stack.enter_context(distributed.Client(stack.enter_context(cluster), set_as_default=False))
+    return client, "Dask here", max(1, config.get_num_threads() // int(workers))
 
 
 def _remote_client(distributed: Any, address: str, stack: contextlib.ExitStack) -> distributed.Client:
     if not re.fullmatch(r"(\w+://)?(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}", address):
         raise ValueError(f"cluster: expected tcp://host:port or local:N, got {address!r}")
+    made: Future[Any] = Future()
+
+    def connect() -> None:
+        try:
+            made.set_result(distributed.Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False))
+        except Exception as error:
+            made.set_exception(error)
+
+    # In a thread, as a client waits for ever for the answer of another server, such as that of Dask's web pages.
+    threading.Thread(target=connect, daemon=True).start()
     try:
-        client = distributed.Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        client = made.result(_SECONDS_TO_CONNECT + 1)
+    except Exception as error:
+        reason = " ".join(str(error).split()) if isinstance(error, OSError) and str(error) else "no answer of Dask"
         raise ConnectionError(f"{address}: expected a scheduler of Dask, got none: {reason}") from None
     stack.enter_context(client)
     try:

@@ -23,7 +23,7 @@ from kpcore.io.cloud import Cloud, Request, field_values, ignored_points, name_i
 from kpcore.nn import checkpoints
 from kpcore.pipeline import blocks, statistics, tiles
 from kpcore.pipeline.blocks import LATTICES, Cells
-from kpcore.pipeline.data import HEIGHT_FIELD, feature_reach, not_finite, values_of
+from kpcore.pipeline.data import HEIGHT_FIELD, not_finite, reach_of, values_of
 from kpcore.pipeline.model import Model
 from kpcore.pipeline.probabilities import ProbabilityStore, array_names
 from kpcore.pipeline.segmentation import Rules
@@ -184,9 +184,10 @@ def label_group(job: Job, cells: Cells, without: Collection[int] = ()) -> dict[s
     observed = statistics.Observed(model.columns, model.statistics) if model.statistics else None
     total = np.zeros((len(chosen), model.net.num_classes), np.float32)
     labelled = np.zeros(len(chosen), np.uint8)  # by so many lattices
-    values, first_lattice = values_of(model.settings, points.cloud, chosen), 0
+    ranks = blocks.ranks_of(points.cloud.exact[chosen], values_of(model.settings, points.cloud, chosen))
+    first_lattice = 0
     for lattice in LATTICES[: options.lattices]:
-        pieces = blocks.of_lattice(model, points.cloud, chosen, lattice, values, cells=cells, observed=observed)
+        pieces = blocks.of_lattice(model, points.cloud, chosen, lattice, ranks, cells=cells, observed=observed)
         for positions, shares in pieces:
             total[positions] += shares
             labelled[positions] += 1
@@ -265,7 +266,7 @@ def bytes_per_point(model: Model) -> int:
 
 def margin_of(model: Model) -> float:
     """The width of the margin of a group: every point that has an effect on its labels is in it."""
-    return (model.block_size.halo + feature_reach(model.settings)) * _SLACK
+    return (model.block_size.halo + max(reach_of(model.settings))) * _SLACK
 
 
 def points_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[int] = ()) -> Points:
@@ -324,7 +325,9 @@ def _piece(job: Job, number: int, low: np.ndarray, high: np.ndarray) -> _Piece:
     """The points of a file that lie in a box and are in the input of the network."""
     options, scan = job.options, job.scan(number)
     if job.files[number].box:
-        rows, records = copc.records_in(scan, low / options.scale[:2], high / options.scale[:2])
+        # A quotient may be rounded inwards, so that a point on the edge would be missing.
+        begin, end = low / options.scale[:2], high / options.scale[:2]
+        rows, records = copc.records_in(scan, np.nextafter(begin, -np.inf), np.nextafter(end, np.inf))
     else:
         entries = job.tiles.entries(*_cells_of(job, low, high))
         rows, records = job.tiles.read(entries[entries["file"] == number], scan.record_size)

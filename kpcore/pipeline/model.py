@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +21,6 @@ from kpcore.pipeline.objects import in_unit_sphere
 from kpcore.pipeline.settings import COMPUTED_FEATURES, from_dict
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import ArrayLike
@@ -65,9 +66,9 @@ class Model:
         self.statistics, self.history = statistics, history or {}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Model:
-        """Load a file that a training wrote."""
-        net, params, state, about = nn.load(path)
+    def load(cls, path: str | os.PathLike[str], *, mapped: bool = False) -> Model:
+        """Load a file that a training wrote; with `mapped`, all processes of a machine share its arrays: `nn.load`."""
+        net, params, state, about = nn.load(path, mapped=mapped)
         with checkpoints.errors_name(path):
             if not {"settings", "columns"} <= about.keys():
                 got = "got one without its settings or columns"
@@ -262,6 +263,22 @@ class Model:
         asked = ["colors" if name == "color" else name for name in self.features
                  if name == "color" or name not in COMPUTED_FEATURES]  # fmt: skip
         return f"of the model, to which are passed: {', '.join(['points', *asked])}"
+
+
+_loading = threading.Lock()
+_kept: dict[tuple[str, int, int, int], Model] = {}  # the model that this process has loaded last
+
+
+def kept(path: str | os.PathLike[str]) -> Model:
+    """The model of a file, mapped, and kept for the next call in this process unless the file has changed since."""
+    about = os.stat(path)
+    key = os.path.abspath(path), about.st_ino, about.st_mtime_ns, about.st_size
+    with _loading:
+        if key not in _kept:
+            model = Model.load(path, mapped=True)
+            _kept.clear()
+            _kept[key] = model
+        return _kept[key]
 
 
 def _prediction(model: Model, points: ArrayLike, classes: np.ndarray, probabilities: np.ndarray,
