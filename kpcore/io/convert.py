@@ -149,9 +149,14 @@ def label_field(source: Path, out: Path, label: str | None, into: str | None, ex
             arrays = {name: layout.mapped(made[name], kind) for name, kind in kinds.items()}
             return plan.write(out, arrays["labels"], arrays["kept"], {name: arrays[f"extra {name}"] for name in extra})
 
+    has_pieces = is_bounded(suffix, out.suffix.lower())
+    return LabelField(plan.name, table.num, *limits, plan.write, write_pieces=write_pieces if has_pieces else None)
+
+
+def is_bounded(before: str, after: str) -> bool:
+    """Whether a file of one extension is written to another format piece by piece."""
     # The table of an NPZ is read as a whole, and a new NPZ is made as a whole.
-    is_bounded = suffix in (".ply", ".npy") and out.suffix.lower() != ".npz"
-    return LabelField(plan.name, table.num, *limits, plan.write, write_pieces=write_pieces if is_bounded else None)
+    return before in (".ply", ".npy") and after in CREATORS and after != ".npz"
 
 
 class _Plan:

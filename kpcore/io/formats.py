@@ -431,17 +431,33 @@ def write_to(field: LabelField, source: str | os.PathLike[str], out: str | os.Pa
         warnings.warn(f"{out}: {'; '.join(notes)}", stacklevel=3)
 
 
+def why_no_pieces(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> str | None:
+    """Why a file of these formats cannot be labelled piece by piece; None if it can.
+
+    A LAS or LAZ is written to a LAS or LAZ, a PLY and an NPZ to a file of their format, and a PLY and an NPY to one of
+    another format than NPZ.
+    """
+    source, out = Path(source), Path(out)
+    before, after = source.suffix.lower(), out.suffix.lower()
+    is_read = WRITERS.get(before) is las or before in convert.LAYOUTS
+    is_copy = before in WRITERS and WRITERS[before] is WRITERS.get(after)
+    if is_read and (is_copy or convert.is_bounded(before, after)):
+        return None
+    advice = f"kpcore convert {source.name} {source.stem}.laz makes a file that is labelled in parts"
+    if is_read:
+        return f"a {before[1:].upper()} is not labelled in parts as a {after[1:].upper()}; {advice}"
+    return f"a {before[1:].upper()} is not labelled in parts; {advice}"
+
+
 def write_pieces(field: LabelField, source: str | os.PathLike[str], out: str | os.PathLike[str],
                  pieces: Pieces) -> None:  # fmt: skip
     """As `write_to`, with labels that are made block by block; see `Pieces`.
 
-    A LAS or LAZ is written to a LAS or LAZ; a PLY and an NPZ to a file of their format; a PLY and an NPY to one of another
-    format than NPZ.
-
-    Errors that `pieces` raises are those of this function, and no file is left behind.
+    `why_no_pieces` says for which formats. Errors that `pieces` raises are those of this function, and no file is left
+    behind.
     """
     if field.write_pieces is None:
-        raise ReadError(f"{source}: expected a format that is written piece by piece, such as LAZ to LAZ, got {out}")
+        raise ReadError(f"{source}: {why_no_pieces(source, out)}")
     raised = []
 
     def checked(first_row: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray]]:

@@ -30,7 +30,8 @@ from kpcore.io.cloud import (
     name_index,
 )
 from kpcore.io.convert import LAYOUTS
-from kpcore.io.formats import TABLES, checked_size, errors_name
+from kpcore.io.duplicates import left_out
+from kpcore.io.formats import READERS, TABLES, checked_size, errors_name, why_no_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -104,6 +105,8 @@ def opened(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -
     """
     path = Path(path)
     with errors_name(path):
+        if path.suffix.lower() in {*READERS} - {*EXTENSIONS, *LAYOUTS}:
+            raise ReadError(why_no_pieces(path, path))
         if path.suffix.lower() in LAYOUTS:
             return _opened_other(path, None if columns is None else tuple(columns))
         size = checked_size(path, EXTENSIONS)
@@ -158,13 +161,14 @@ def measured(scan: Scan, label: str | None = None) -> Scan:
 
 
 def _measured_other(scan: Scan, label: str | None) -> Scan:
-    low, high, kept = np.full(3, np.inf), np.full(3, -np.inf), scan.no_records
+    low, high, kept, num = np.full(3, np.inf), np.full(3, -np.inf), scan.no_records, 0
     deciding = scan.layout.deciding
     if label is not None:
         deciding += tuple(one for one in [scan.dimensions[name_index(scan.names, label)]] if layout.is_number(one))
     for _, block in records(scan, {label} - {None}):
         points = coordinates(scan, block)
         points = points[are_points(points)]
+        num += len(points)
         low, high = (
             np.minimum(low, points.min(axis=0, initial=np.inf)),
             np.maximum(high, points.max(axis=0, initial=-np.inf)),
@@ -177,7 +181,9 @@ def _measured_other(scan: Scan, label: str | None) -> Scan:
         )
     scan = scan._replace(low=tuple(low.tolist()), high=tuple(high.tolist()), telling=kept.tobytes())
     with errors_name(scan.path):
-        return scan._replace(warning=_content(scan, scan.no_records, Request(label=label))[0].warning)
+        warning = _content(scan, scan.no_records, Request(label=label))[0].warning
+    missing = left_out(scan.num_points - num, scan.num_points) if num < scan.num_points else None
+    return scan._replace(warning=join_warnings(warning, missing))
 
 
 def are_points(points: np.ndarray) -> np.ndarray:
