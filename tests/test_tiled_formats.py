@@ -8,7 +8,6 @@ import pytest
 from test_tiled import model_with
 
 from kpcore import nn
-from kpcore.cli import main
 from kpcore.pipeline import segmentation, tiled
 from kpcore.pipeline.model import Model
 from kpcore.scenes.city import city
@@ -18,7 +17,7 @@ NUM = 20_000
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two models, and a piece of a city in several formats, with points that have no place and points without a label."""
+    """Two models, and a piece of a city in several formats, where some points have no place and some no label."""
     folder = tmp_path_factory.mktemp("formats")
     for name, features in (("model", {}), ("colors", {"features": ["color", "intensity", "height_above_ground"]})):
         model = model_with(label="truth", columns=["x", "y", "z", "intensity", "truth"], **features)
@@ -41,10 +40,8 @@ def folder(tmp_path_factory):
     )
     for name, values in [*zip("xyz", xyz.T, strict=True), *fields.items()]:
         table[name] = values
-    lines = "".join(
-        f"property {dict(f8='double', u2='ushort', f4='float')[table.dtype[name].str[1:]]} {name}\n"
-        for name in table.dtype.names
-    )
+    types = {"f8": "double", "u2": "ushort", "f4": "float"}
+    lines = "".join(f"property {types[table.dtype[name].str[1:]]} {name}\n" for name in table.dtype.names)
     for name, order in (("little", "<"), ("big", ">")):
         head = f"ply\nformat binary_{name}_endian 1.0\nelement vertex {len(table)}\n{lines}end_header\n"
         (folder / f"{name}.ply").write_bytes(head.encode() + table.astype(table.dtype.newbyteorder(order)).tobytes())
@@ -62,7 +59,7 @@ def folder(tmp_path_factory):
     ("model", "source", "out", "options"),
     [
         ("model", "little.ply", "out.ply", {"keep": [6]}),
-        ("colors", "big.ply", "out.ply", {"ignore": [2], "unclassified": 0.4}),
+        ("colors", "big.ply", "out.ply", {"ignore": [5], "unclassified": 0.34}),
         ("model", "big.ply", "out.csv", {}),
         ("colors", "deflated.npz", "out.npz", {"into": "predicted"}),
         ("model", "stored.npz", "out.npz", {"keep": [2]}),

@@ -443,10 +443,11 @@ def why_no_pieces(source: str | os.PathLike[str], out: str | os.PathLike[str]) -
     is_copy = before in WRITERS and WRITERS[before] is WRITERS.get(after)
     if is_read and (is_copy or convert.is_bounded(before, after)):
         return None
-    advice = f"kpcore convert {source.name} {source.stem}.laz makes a file that is labelled in parts"
+    name = before[1:].upper()
     if is_read:
-        return f"a {before[1:].upper()} is not labelled in parts as a {after[1:].upper()}; {advice}"
-    return f"a {before[1:].upper()} is not labelled in parts; {advice}"
+        copy, other = name if before in WRITERS else "PLY", after[1:].upper()
+        return f"a {name} is not labelled in parts as a {other}: write a {copy} and kpcore convert it"
+    return f"a {name} is not labelled in parts: kpcore convert {source.name} {source.stem}.laz makes a file that is"
 
 
 def write_pieces(field: LabelField, source: str | os.PathLike[str], out: str | os.PathLike[str],
