@@ -1053,7 +1053,7 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
     asked = [f"--{name}" for name in ("together", "workers", "dask", "probabilities", "scratch") if getattr(args, name)]
     if why_not := _why_no_survey(args, model, sources):
         if asked:
-            raise Refused(f"{asked[0]}: only valid for a survey of LAS, LAZ and COPC files: {why_not}")
+            raise Refused(f"{asked[0]}: only valid for a survey, or a scan that is labelled in parts: {why_not}")
         if len(sources) > 1:
             say(f"each of the {len(sources):,} files is labelled by itself: {why_not}")
         return None

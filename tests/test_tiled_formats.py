@@ -1,5 +1,6 @@
 """A single PLY, NPY or NPZ that is labelled in parts: as `segment` labels it whole, to the bit."""
 
+import re
 import warnings
 from dataclasses import replace
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 from test_tiled import model_with
 
-from kpcore import nn
+from kpcore import io, nn
+from kpcore.cli import main
 from kpcore.pipeline import segmentation, tiled
 from kpcore.pipeline.model import Model
 from kpcore.scenes.city import city
@@ -89,3 +91,76 @@ def test_labels_are_those_of_the_whole_file(folder, tmp_path, monkeypatch, model
     np.testing.assert_equal(survey.scores, whole.scores)
     assert [*survey.notes, *survey.files[0].notes] == whole.labelled.notes
     assert sorted(one.name for one in tmp_path.iterdir()) == sorted([out, "out.segment.json", f"whole_{out}"])
+
+
+# ---- the command
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Every file counts as large."""
+    monkeypatch.setattr("kpcore.cli.BYTES_OF_POINT", 10**6)
+    monkeypatch.setattr(tiled, "_MOST_IN_GROUP", 4000)
+
+
+def segment(folder, *words):
+    return main(["segment", str(folder / "model.safetensors"), *map(str, words)])
+
+
+@pytest.mark.filterwarnings("ignore:.*left out, as a coordinate:UserWarning")
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_large_scan_is_labelled_in_parts(folder, tmp_path, large, capsys, is_folder):
+    whole = tmp_path / "whole.ply"
+    segmentation.segment(Model.load(folder / "model.safetensors"), folder / "big.ply", whole)
+    out = tmp_path / "out" if is_folder else tmp_path / "out.ply"
+    sources = [folder / "big.ply", folder / "little.ply"][: 1 + is_folder]
+    assert segment(folder, *sources, "--out", out, "--memory", "1GB") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("the largest group") == len(sources)
+    assert ("labelled by itself: big.ply is no LAS, LAZ or COPC file" in printed) == is_folder
+    assert (out / "big.ply" if is_folder else out).read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*left out, as a coordinate:UserWarning")
+def test_a_small_scan_is_labelled_whole(folder, tmp_path, capsys):
+    assert segment(folder, folder / "big.ply", "--out", tmp_path / "out.ply") == 0
+    assert "the largest group" not in capsys.readouterr().out
+    assert segment(folder, folder / "big.ply", "--out", tmp_path / "a.ply", "--scratch", tmp_path) == 0
+    assert "the largest group" in capsys.readouterr().out
+    assert (tmp_path / "out.ply").read_bytes() == (tmp_path / "a.ply").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "words", "reason"),
+    [
+        ("a.csv", "out.csv", ["--memory", "1GB"],
+         r"a\.csv: needs some [\d.]+ GiB of memory, got 0\.93 GiB: a CSV is not labelled in parts: kpcore convert "
+         r"a\.csv a\.laz makes a file that is"),
+        ("big.ply", "out.npz", ["--memory", "1GB"],
+         r"needs some 7\.4 GiB .*: a PLY is not labelled in parts as a NPZ: write a PLY and kpcore convert it"),
+        ("a.csv", "out.csv", ["--workers", "2"], r"--workers: only valid .* a CSV is not labelled in parts"),
+        ("big.ply little.ply", "out", ["--together"], r"--together: only valid .* big\.ply is no LAS, LAZ or COPC"),
+    ],
+)  # fmt: skip
+def test_what_is_not_labelled_in_parts(folder, tmp_path, large, capsys, source, out, words, reason):
+    if source == "a.csv" and not (folder / source).exists():
+        table = np.load(folder / "table.npy")[:2000]
+        np.savetxt(folder / source, table[:, :4], "%r", ",", header="x,y,z,intensity", comments="")
+    sources = [folder / name for name in source.split()]
+    assert segment(folder, *sources, "--out", tmp_path / out, *words) == 2
+    printed = capsys.readouterr().err
+    assert re.search(reason, printed), printed
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.filterwarnings("ignore:.*left out, as a coordinate:UserWarning")
+def test_several_files_that_are_no_survey(folder, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"sources: expected one file, or LAS, LAZ and COPC files, got .*big\.ply among"
+    ):
+        tiled.segment_tiles(folder / "model.safetensors", [folder / "big.ply", folder / "little.ply"], tmp_path / "out")
+    with pytest.raises(
+        io.ReadError, match=r"little\.ply: a PLY is not labelled in parts as a NPZ: write a PLY and kpcore"
+    ):
+        tiled.segment_tiles(folder / "model.safetensors", [folder / "little.ply"], tmp_path / "out", format="npz")
+    assert not [*tmp_path.iterdir()]

@@ -259,7 +259,7 @@ def _placed_records(file: BinaryIO, header: Header, size: int, places: Collectio
             records = np.fromfile(file, np.uint8, (end - first) * record.itemsize)
             if len(records) < (end - first) * record.itemsize:
                 raise ReadError(f"truncated: ends in the vertices from {first} to {end - 1}")
-            begins = start + np.arange(first, end) * record.itemsize if places else None
+            begins = start + np.arange(first, end, dtype=np.int64) * record.itemsize if places else None
             yield (
                 records.reshape(end - first, record.itemsize),
                 {
