@@ -90,6 +90,7 @@ class Run(NamedTuple):
 
     seconds: float
     peak: int  #: bytes
+    disk: int  #: bytes under `out`, with the scratch folder, at most
     summary: dict
     out: Path
 
@@ -101,9 +102,9 @@ def segment(bench, files, *options):
     out = bench.folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-P", "-m", "kpcore", "segment", bench.folder / MODEL, *files, "--out", out]
-    command += ["--memory", MEMORY, "--json", *options]
+    command += ["--together", "--memory", MEMORY, "--json", *options]
     environment = {name: value for name, value in os.environ.items() if name not in THREADS}
-    peaks = {}
+    peaks, disk, looked = {}, 0, 0.0
     with (bench.folder / "json").open("w") as json_file, (bench.folder / "errors").open("w") as errors:
         begin = time.perf_counter()
         process = subprocess.Popen(
@@ -115,6 +116,8 @@ def segment(bench, files, *options):
                     peaks[pid] = 1024 * kilobytes(f"/proc/{pid}/status", "VmHWM")
                 except (OSError, StopIteration):  # it has ended
                     continue
+            if time.perf_counter() > looked + 0.5:
+                disk, looked = max(disk, occupied(out)), time.perf_counter()
             time.sleep(0.02)
         seconds = time.perf_counter() - begin
     if process.returncode:
@@ -122,7 +125,7 @@ def segment(bench, files, *options):
         raise RuntimeError(f"kpcore segment ended with {process.returncode}: {lines[-1]}")
     summary = json.loads((out / "summary.json").read_text())
     assert not summary["failed"], summary["failed"]
-    return Run(seconds, sum(peaks.values()), summary, out)
+    return Run(seconds, sum(peaks.values()), disk, summary, out)
 
 
 def processes(pid):
@@ -134,6 +137,17 @@ def processes(pid):
     except OSError:  # it has ended
         pass
     return tree
+
+
+def occupied(folder):
+    """Bytes of the disk that the files in a folder take."""
+    total = 0
+    for file in folder.rglob("*"):
+        try:
+            total += 512 * file.lstat().st_blocks
+        except OSError:  # it has been removed
+            continue
+    return total
 
 
 def times(runs):
@@ -171,6 +185,8 @@ def growing(bench):
         bench.row("points per second and core", num / run.seconds / bench.threads, "points", ours=ours)
         note = f"the command says {summary['peak_memory'] / 1e9:.2f}"
         bench.row("peak of all processes", run.peak / 1e9, "GB", note=note)
+        note = f"{sum(file.stat().st_size for file in files) / num:.0f} of the files that are labelled"
+        bench.row("disk until the end", run.disk / num, "bytes per point", note=note)
         seconds = summary["seconds"]
         moved = sum(seconds.get(name, 0) for name in ("tiling", "reading", "writing"))
         note = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())

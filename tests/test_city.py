@@ -57,6 +57,13 @@ def test_a_box_is_half_open_and_holds_all_of_its_points(whole):
     assert len(scenes.city(on_an_edge - 0.001, on_an_edge, **FEW).points) == 0
 
 
+def test_no_two_cells_are_alike():
+    cells = [(155_040, 463_040), (155_120, 463_040), (155_040, 463_120), (463_040, 155_040)]
+    places = [scenes.city(low, np.add(low, CELL), **FEW).exact[:, :2] - low for low in cells]
+    for one, other in itertools.combinations(places, 2):
+        assert len(np.intersect1d(np.round(one[:, 0], 3), np.round(other[:, 0], 3))) < 0.2 * len(one)
+
+
 def test_the_city_goes_on_beyond_the_origin():
     cloud = scenes.city((-100, -50), (100, 50), **FEW)
     quarters = [(cloud.exact[:, 0] < 0) & (cloud.exact[:, 1] < 0), (cloud.exact > 0)[:, :2].all(axis=1)]
@@ -198,10 +205,12 @@ def test_laspy_reads_the_files(whole, tmp_path):
     (file,) = scenes.write_city(tmp_path / "a.laz", LOW, HIGH, **FEW)
     las = laspy.read(file)
     assert (str(las.header.version), las.header.point_format.id, len(las)) == ("1.4", 6, len(whole.points))
-    values = np.column_stack([las.xyz, las.classification, *(las[name] for name in FIELDS)])
+    xyz = np.column_stack([las.X, las.Y, las.Z]) / 1000
+    np.testing.assert_allclose(las.xyz, xyz, rtol=1e-15)
+    values = np.column_stack([xyz, las.classification, *(las[name] for name in FIELDS)])
     np.testing.assert_array_equal(values[np.lexsort(values.T)], rows(whole))
-    np.testing.assert_array_equal(las.header.mins, whole.exact.min(axis=0))
-    np.testing.assert_array_equal(las.header.maxs, whole.exact.max(axis=0))
+    np.testing.assert_allclose(las.header.mins, whole.exact.min(axis=0), rtol=1e-15)
+    np.testing.assert_allclose(las.header.maxs, whole.exact.max(axis=0), rtol=1e-15)
     number = whole.fields["return_number"].astype(int)
     np.testing.assert_array_equal(las.header.number_of_points_by_return, np.bincount(number, minlength=16)[1:])
     assert las.header.global_encoding.gps_time_type == laspy.header.GpsTimeType.STANDARD

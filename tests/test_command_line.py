@@ -190,7 +190,7 @@ def test_json_is_one_object_with_the_results(objects, tiles, model, tmp_path):
 
 
 def test_json_has_no_numbers_that_are_not_finite():
-    plain = cli._plain({"a": np.array([1.5, np.nan]), 2: (np.float32(0.5), np.int64(3), -np.inf), "p": Path("x")})
+    plain = console.plain({"a": np.array([1.5, np.nan]), 2: (np.float32(0.5), np.int64(3), -np.inf), "p": Path("x")})
     assert plain == {"a": [1.5, None], "2": [0.5, 3, None], "p": "x"}
 
 
@@ -357,7 +357,7 @@ def test_scans_that_are_refused_before_the_work(command, model, tiles, tmp_path)
     for words, message in (
         ([scan, tmp_path / "tiles" / "T1.npz", "--out", out], "T1.npz: its copy would be "),
         ([scan, tmp_path / "t1.ply", "--out", out, "--format", "laz"], "t1.laz, as that of "),
-        ([scan, scan, "--out", out], "its copy would be "),
+        ([scan, scan, "--out", out], "expected each scan once, got it twice"),
         ([tiles, "--out", tiles], "t0.npz would be replaced by a copy; expected another folder"),
         ([scan, "--out", tmp_path / "linked"], "t1.npz would be replaced by a copy; expected another folder"),
         ([tiles, "--out", tmp_path / "x.laz"], "expected the name of a folder for 3 scans, got that of a file"),

@@ -11,6 +11,7 @@ import numpy as np
 
 import kpcore as kp
 from kpcore.dispositions import random_rotation, rotated
+from kpcore.pipeline.boxes import Boxes
 from kpcore.pipeline.settings import SettingsError
 from kpcore.pyramid import Pyramid
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from kpcore.nn import KPNeXt, Network
     from kpcore.pipeline.data import Columns, Scene
     from kpcore.pipeline.settings import Training
+
+_BLOCK = 1024  # potentials of which the lowest is known: of 4 million, finding it takes 5 µs instead of 2 ms
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -65,20 +68,35 @@ class Potentials:
     def __init__(self, scenes: Sequence[Scene], radius: float, rng: np.random.Generator, move: bool = True) -> None:
         self.scenes, self.radius, self.rng, self.move = scenes, radius, rng, move
         try:
-            places = [kp.grid_subsample(scene.points, radius / 10).points for scene in scenes]
+            places = [
+                scene.stored.places(radius / 10)
+                if scene.stored
+                else kp.grid_subsample(scene.points, radius / 10).points
+                for scene in scenes
+            ]
         except ValueError as error:
             raise SettingsError(
                 f"[training] radius: expected a larger one, got {radius}; for voxels of a tenth of it: {error}"
             ) from None
         self._bounds = np.cumsum([0, *map(len, places)])
-        self._places = np.concatenate(places)
-        self.values = rng.uniform(0, 1e-3, len(self._places))
+        self._boxes = [Boxes(np.asarray(of_scene)) for of_scene in places]
+        number = self._bounds[-1]
+        blocks = np.full((-(-number // _BLOCK), _BLOCK), np.inf)
+        self.values = blocks.ravel()[:number]
+        self.values[:] = rng.uniform(0, 1e-3, number)
+        self._blocks, self._lowest = blocks, blocks.min(axis=1)
+
+    @property
+    def lowest(self) -> float:
+        """The lowest potential."""
+        return float(self._lowest.min())
 
     def next(self) -> Sphere:
         """The next sphere."""
-        at = int(self.values.argmin())
+        block = int(self._lowest.argmin())
+        at = block * _BLOCK + int(self._blocks[block].argmin())
         number = int(np.searchsorted(self._bounds, at, "right")) - 1
-        center = self._places[at]
+        center = self._boxes[number].points[at - self._bounds[number]]
         if self.move:
             noise = self.rng.normal(0, self.radius / 10, len(center))
             center = (center + np.clip(noise, -self.radius / 2, self.radius / 2)).astype(np.float32)
@@ -86,9 +104,13 @@ class Potentials:
 
     def at(self, number: int, center: np.ndarray) -> Sphere:
         """The sphere of a scene around a centre; its potentials rise."""
-        places = slice(self._bounds[number], self._bounds[number + 1])
-        squared = ((self._places[places] - center) ** 2).sum(axis=1, dtype=np.float64) / self.radius**2
-        self.values[places] += np.where(squared < 1, (1 - squared) ** 2, 0)
+        boxes = self._boxes[number]
+        near = boxes.near(center, self.radius)
+        squared = ((boxes.points[near] - center) ** 2).sum(axis=1, dtype=np.float64) / self.radius**2
+        rows = near + self._bounds[number]
+        self.values[rows] += np.where(squared < 1, (1 - squared) ** 2, 0)
+        changed = np.unique(rows // _BLOCK)
+        self._lowest[changed] = self._blocks[changed].min(axis=1)
         return sphere_at(self.scenes, number, center, self.radius)
 
 
@@ -101,21 +123,39 @@ class Balanced:
 
     def __init__(self, scenes: Sequence[Scene], radius: float, rng: np.random.Generator) -> None:
         self.scenes, self.radius, self.rng = scenes, radius, rng
-        bounds = np.cumsum([0, *(len(scene.points) for scene in scenes)])
-        labels = np.concatenate([scene.labels for scene in scenes])
-        # For each class the numbers of its points, counted over all scenes.
-        self._bounds, self._rows = bounds, [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
+        # Of each scene its points by class, and where each class begins among them: four bytes for a point, which are
+        # on disk for scenes of a cache.
+        self._rows, begins = zip(*map(_by_class, scenes), strict=True)
+        classes = max(map(len, begins))
+        self._begins = np.array([np.pad(one, (0, classes - len(one)), "edge") for one in begins])
+        # For each class with points, the number of these in all scenes before each.
+        counts = np.diff(self._begins, axis=1).T
+        self._classes = np.flatnonzero(counts.any(axis=1))
+        self._bounds = np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))
 
     def next(self) -> Sphere:
         """The next sphere."""
-        at = int(self.rng.choice(self._rows[self.rng.integers(len(self._rows))]))
-        number = int(np.searchsorted(self._bounds, at, "right")) - 1
-        center = self.scenes[number].points[at - self._bounds[number]]
+        label = self._classes[self.rng.integers(len(self._classes))]
+        bounds = self._bounds[label]
+        at = int(self.rng.integers(bounds[-1]))
+        number = int(np.searchsorted(bounds, at, "right")) - 1
+        center = self.scenes[number].points[self._rows[number][self._begins[number, label] + at - bounds[number]]]
         return sphere_at(self.scenes, number, center, self.radius)
+
+
+def _by_class(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """(the points by class, in ascending order within each; where each class begins among them, and the end)"""
+    if scene.stored:
+        return scene.stored.by_class()
+    order = np.argsort(scene.labels, kind="stable").astype(np.int32)
+    in_order = scene.labels[order]
+    return order, np.searchsorted(in_order, np.arange(in_order[-1] + 2))
 
 
 def sphere_at(scenes: Sequence[Scene], number: int, center: np.ndarray, radius: float) -> Sphere:
     """The points of a scene within a radius of a centre."""
+    if scenes[number].stored:
+        return Sphere(number, center, scenes[number].tree.within(center, radius))
     neighbors = scenes[number].tree.radius_search(center[None], radius)
     return Sphere(number, center, neighbors.index)
 

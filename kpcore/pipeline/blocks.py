@@ -21,7 +21,7 @@ from kpcore import nn
 from kpcore.backends import devices
 from kpcore.dispositions import rotated
 from kpcore.pipeline import batches
-from kpcore.pipeline.data import computed_values, coordinates, reach_of, subsampled, values_of
+from kpcore.pipeline.data import computed_values, coordinates, pieces, reach_of, subsampled, values_of
 from kpcore.pipeline.settings import LENGTHS, SettingsError
 from kpcore.pyramid import Pyramid
 
@@ -105,10 +105,21 @@ def default_size(settings: Settings, scenes: Sequence[Scene]) -> BlockSize:
     side = blocks.side
     if side is None:
         # The area that points cover, in cells as wide as an input sphere: an outlier far away adds one cell.
-        cells = sum(len(np.unique(np.floor(scene.points[:, :2] / radius), axis=0)) for scene in scenes)
+        cells = sum(_num_cells(scene.points, radius) for scene in scenes)
         density = sum(len(scene.points) for scene in scenes) / (cells * radius**2)
         side = max(4 * radius, float(f"{math.sqrt(TYPICAL_POINTS / density):.2g}"))
     return BlockSize(side, radius if blocks.halo is None else blocks.halo, blocks.lattices)
+
+
+def _num_cells(points: np.ndarray, side: float) -> int:
+    """The number of square cells with points."""
+    cells = [_runs(np.floor(piece[:, :2] / side)) for piece in pieces(points)]
+    return len(np.unique(_runs(np.concatenate(cells)), axis=0))
+
+
+def _runs(rows: np.ndarray) -> np.ndarray:
+    """The first of each run of equal rows; np.unique of all takes a hundred times as long, 80 s for 20 million."""
+    return rows[np.append(True, (rows[1:] != rows[:-1]).any(axis=1))]
 
 
 def size_without_training(settings: Settings) -> BlockSize:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from kpcore.io.cloud import list_names
+from kpcore.pipeline.data import counts_of
 from kpcore.pipeline.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -26,15 +27,10 @@ def class_table(settings: Settings, parts: Mapping[str, Sequence[Scene]]) -> Cla
     table = {}
     for part, scenes in parts.items():
         if scenes:
-            counts = np.array([_counts(settings, scene) for scene in scenes])
+            counts = np.array([counts_of(settings, scene) for scene in scenes])
             numbers = zip(settings.names, counts.sum(axis=0), (counts > 0).sum(axis=0), strict=True)
             table[part] = {name: {"points": int(points), "files": int(files)} for name, points, files in numbers}
     return table
-
-
-def _counts(settings: Settings, scene: Scene) -> np.ndarray:
-    labels = scene.labels if scene.full_labels is None else scene.full_labels
-    return np.bincount(labels[labels >= 0], minlength=len(settings.names))
 
 
 def lines(table: ClassTable, unit: str = "points") -> list[str]:
@@ -89,7 +85,8 @@ def _labels_in(scenes: Sequence[Scene]) -> dict[int, int]:
     """The number of points of each label in the files."""
     counts: dict[int, int] = {}
     for scene in scenes:
-        for label, number in zip(*np.unique(scene.cloud.labels[scene.rows], return_counts=True), strict=True):
+        stored = scene.stored.labels.items() if scene.stored else None
+        for label, number in stored or zip(*np.unique(scene.cloud.labels[scene.rows], return_counts=True), strict=True):
             counts[int(label)] = counts.get(int(label), 0) + int(number)
     return counts
 

@@ -25,9 +25,11 @@ from kpcore.terrain import heights_above_ground_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from kpcore.io import Cloud, Reference
+    from kpcore.pipeline.boxes import Boxes
+    from kpcore.pipeline.cache import Cache, Stored
     from kpcore.pipeline.settings import Digits, Objects, Part, Settings, Source
 
 MAX_FEATURE = 10.0  # features are clipped to -10 to 10
@@ -36,6 +38,9 @@ _MAX_SCALE = 1e300  # of |center| and scale, and 1 / it the least scale: (value 
 HEIGHT, HEIGHT_FIELD = "height_above_ground", "heightaboveground"  # the feature, and PDAL's dimension in lower case
 IGNORED = -1  # the class number of points without a class
 
+_ROWS_AT_ONCE = 1 << 20
+
+Quantiles: TypeAlias = "Callable[[Sequence[np.ndarray], Sequence[float], type], np.ndarray]"
 PartClouds: TypeAlias = "dict[str, tuple[Cloud, np.ndarray]]"  # (cloud, rows of the part) by the part's repr
 
 
@@ -47,24 +52,27 @@ class Scene:
     columns : (N, C) float32, the features, see `Columns`; zeros for "local", which depends on the input sphere
     labels : (N,) int64, class numbers, or IGNORED
     tree : search structure over the points; None for digits and objects
-    full : (n, D) float32, the points before subsampling; for objects those after it
+    full : (n, D) float32, the points before subsampling; for objects those after it; None, as full_labels, cloud and
+        rows, for a scene of a cache that is only trained on
     full_labels : (n,) class numbers of those, or None
     cloud : the Cloud that was read, or None for digits and objects
     rows : (n,) the cloud's points that are in the scene, or None for digits and objects
     name : of an object, or of a file
     category : the number of the category of an object with parts, or None
+    stored : what a cache holds of the scene besides, or None for a scene in memory
     """
 
     points: np.ndarray
     columns: np.ndarray
     labels: np.ndarray
-    tree: kp.KDTree | None
-    full: np.ndarray
+    tree: kp.KDTree | Boxes | None
+    full: np.ndarray | None
     full_labels: np.ndarray | None
     cloud: Cloud | None = None
     rows: np.ndarray | None = None
     name: str = ""
     category: int | None = None
+    stored: Stored | None = None
 
 
 @dataclass(frozen=True)
@@ -130,12 +138,15 @@ def columns_of(settings: Settings, described: Mapping[str, Any]) -> Columns:
 
 
 def load_scenes(settings: Settings, parts: Sequence[Part], folder: str | os.PathLike[str],
-                columns: Columns | None = None, read_parts: PartClouds | None = None,
-                ) -> tuple[list[Scene], Columns]:  # fmt: skip
+                columns: Columns | None = None, read_parts: PartClouds | None = None, cache: Cache | None = None, *,
+                labelled: bool = True) -> tuple[list[Scene], Columns]:  # fmt: skip
     """([Scene], Columns) of files; without `columns` their centers and scales are computed from these scenes.
 
-    Parts in `read_parts` are not read again; others are added to it.
+    Parts in `read_parts` are not read again; others are added to it. With a cache all is read from there, and only
+    scenes that are `labelled` have their points before subsampling.
     """
+    if cache is not None:
+        return cache.scenes(settings, parts, folder, columns, labelled=labelled)
     read_parts = {} if read_parts is None else read_parts
     _read_parts(settings, parts, folder, read_parts)
     scenes, columns = _scenes(settings, [read_parts[repr(part)] for part in parts], columns)
@@ -146,31 +157,36 @@ def _read_parts(settings: Settings, parts: Sequence[Part], folder: str | os.Path
                 read_parts: PartClouds) -> None:  # fmt: skip
     for part in parts:
         if repr(part) not in read_parts:
-            read_parts[repr(part)] = _load_part(settings, part, folder)
+            read_parts[repr(part)] = load_part(settings, part, folder)
 
 
 def load_training(settings: Settings, folder: str | os.PathLike[str], read_parts: PartClouds | None = None,
-                  columns: Columns | None = None) -> tuple[list[Scene], list[Scene], Columns]:  # fmt: skip
-    """(scenes to train on, scenes for validation, Columns) of settings; `columns` as in `load`."""
+                  columns: Columns | None = None,
+                  cache: Cache | None = None) -> tuple[list[Scene], list[Scene], Columns]:  # fmt: skip
+    """(scenes to train on, scenes for validation, Columns) of settings; `columns` and `cache` as in `load`."""
     train, validation = settings.data.train, settings.data.validation
     if isinstance(validation, list):
-        scenes, columns = load(settings, train, folder, columns, read_parts)
-        return scenes, load(settings, validation, folder, columns, read_parts)[0] if validation else [], columns
-    read_parts = {} if read_parts is None else read_parts
+        scenes, columns = load(settings, train, folder, columns, read_parts, cache, labelled=False)
+        aside = load(settings, validation, folder, columns, read_parts, cache)[0] if validation else []
+        return scenes, aside, columns
     train = filenames.single(train, folder)
-    _read_parts(settings, train, folder, read_parts)
-    split = [_split(settings, *read_parts[repr(part)], validation) for part in train]
-    scenes, columns = _scenes(settings, [(cloud, rows) for cloud, rows, _ in split], columns)
-    aside = [cloud_scene(settings, columns, cloud, rows) for cloud, _, rows in split]
+    if cache is not None:
+        scenes, aside, columns = cache.split(settings, train, folder, validation, columns)
+    else:
+        read_parts = {} if read_parts is None else read_parts
+        _read_parts(settings, train, folder, read_parts)
+        sides = [split(settings, *read_parts[repr(part)], validation) for part in train]
+        scenes, columns = _scenes(settings, [(cloud, rows) for cloud, rows, _ in sides], columns)
+        aside = [cloud_scene(settings, columns, cloud, rows) for cloud, _, rows in sides]
     for name, of_scenes in (("train", scenes), ("validation", aside)):
-        if not any((scene.labels != IGNORED).any() for scene in of_scenes):
+        if not _any_labelled(settings, of_scenes):
             raise SettingsError(f"[data] {name}: expected points with labels of the classes, got none in this part of "
                                 f"{', '.join(map(str, train))}")  # fmt: skip
     return scenes, aside, columns
 
 
-def _split(settings: Settings, cloud: Cloud, rows: np.ndarray,
-           fraction: float) -> tuple[Cloud, np.ndarray, np.ndarray]:  # fmt: skip
+def split(settings: Settings, cloud: Cloud, rows: np.ndarray,
+          fraction: float) -> tuple[Cloud, np.ndarray, np.ndarray]:  # fmt: skip
     """(cloud, rows to train on, rows that are set aside): a strip with this fraction of the points.
 
     It is across the longer axis of x and y, where the share of each class that is in it is the nearest to the fraction.
@@ -267,6 +283,30 @@ def scaled(cloud: Cloud, horizontal: float, vertical: float) -> Cloud:
     return replace(cloud, points=points, exact=exact, shift=shift, fields=fields, reference=reference)
 
 
+def pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    """A million rows at once: of a mapped array no more is in memory."""
+    return (array[begin : begin + _ROWS_AT_ONCE] for begin in range(0, len(array), _ROWS_AT_ONCE))
+
+
+def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:
+    """(classes,) the number of labels of each class, without those that are IGNORED."""
+    counts = np.zeros(classes, np.int64)
+    for piece in pieces(labels):
+        counts += np.bincount(piece[piece != IGNORED], minlength=classes)
+    return counts
+
+
+def counts_of(settings: Settings, scene: Scene) -> np.ndarray:
+    """(classes,) the number of points of each class before subsampling, or of objects of each class."""
+    if scene.stored:
+        return scene.stored.classes
+    return class_counts(scene.labels if scene.full_labels is None else scene.full_labels, len(settings.names))
+
+
+def _any_labelled(settings: Settings, scenes: Sequence[Scene]) -> bool:
+    return any(class_counts(scene.labels, len(settings.names)).any() for scene in scenes)
+
+
 def class_numbers(settings: Settings, labels: np.ndarray) -> np.ndarray:
     """The class number of each label, IGNORED for labels of no class."""
     out = np.full(len(labels), IGNORED, np.int64)
@@ -275,7 +315,7 @@ def class_numbers(settings: Settings, labels: np.ndarray) -> np.ndarray:
     return out
 
 
-def _load_part(settings: Settings, part: Part, folder: str | os.PathLike[str]) -> tuple[Cloud, np.ndarray]:
+def load_part(settings: Settings, part: Part, folder: str | os.PathLike[str]) -> tuple[Cloud, np.ndarray]:
     """(cloud, rows of its points that belong to the part)."""
     if part.indoor is not None:
         if missing := [name for name in settings.data.features if name not in COMPUTED_FEATURES]:
@@ -363,7 +403,8 @@ def coordinates(cloud: Cloud, rows: np.ndarray | slice = slice(None)) -> np.ndar
     return cloud.points[rows] + cloud.shift if cloud.exact is None else cloud.exact[rows]
 
 
-def _all_values(settings: Settings, cloud: Cloud, rows: np.ndarray) -> dict[str, np.ndarray]:
+def all_values(settings: Settings, cloud: Cloud, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Values of all features of some points, before scaling."""
     values = values_of(settings, cloud, rows)
     computed = computed_values(settings, coordinates(cloud), values)
     return values | {name: column[rows] for name, column in computed.items()}
@@ -374,13 +415,19 @@ def _scenes(settings: Settings, clouds: Sequence[tuple[Cloud, np.ndarray]],
     """([Scene], Columns) of clouds and rows; without `columns` their centers and scales are computed from these."""
     if columns:
         return [cloud_scene(settings, columns, cloud, rows) for cloud, rows in clouds], columns
-    values = [_all_values(settings, cloud, rows) for cloud, rows in clouds]
-    columns = _columns(settings, values)
+    values = [all_values(settings, cloud, rows) for cloud, rows in clouds]
+    columns = columns_from(settings, values)
     pairs = zip(clouds, values, strict=True)
     return [cloud_scene(settings, columns, cloud, rows, of_scene) for (cloud, rows), of_scene in pairs], columns
 
 
-def _columns(settings: Settings, clouds_values: Sequence[dict[str, np.ndarray]]) -> Columns:
+def quantiles_in_memory(arrays: Sequence[np.ndarray], q: Sequence[float], dtype: type) -> np.ndarray:
+    """np.quantile of all values of arrays, as this dtype."""
+    return np.quantile(np.concatenate(arrays).astype(dtype), q)
+
+
+def columns_from(settings: Settings, clouds_values: Sequence[Mapping[str, np.ndarray]],
+                 quantiles: Quantiles = quantiles_in_memory) -> Columns:  # fmt: skip
     """Columns with the centers and scales of values of clouds."""
     center, scale = {"color": 0.0}, {"color": 255.0}
     for name in clouds_values[0]:
@@ -390,8 +437,8 @@ def _columns(settings: Settings, clouds_values: Sequence[dict[str, np.ndarray]])
             center[name], scale[name] = 0.0, 1.0
             continue
         # Quantiles 0.05 and 0.95 become -1 and 1, not the extremes: intensities have outliers 100 times as large.
-        values = np.concatenate([cloud_values[name] for cloud_values in clouds_values]).astype(np.float64)
-        low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
+        values = [cloud_values[name] for cloud_values in clouds_values]
+        low, middle, high = quantiles(values, (0.05, 0.5, 0.95), np.float64)
         center[name], scale[name] = float(middle), float(max((high - low) / 2, 1e-6 * abs(middle), 1e-12))
     return Columns(settings.widths, center, scale)
 
@@ -399,13 +446,21 @@ def _columns(settings: Settings, clouds_values: Sequence[dict[str, np.ndarray]])
 def cloud_scene(settings: Settings, columns: Columns, cloud: Cloud, rows: np.ndarray,
                 values: dict[str, np.ndarray] | None = None) -> Scene:  # fmt: skip
     """A Scene with some points of a cloud, labelled or not; with the values of its features if they are known."""
-    full = cloud.points[rows]
-    labels = None if cloud.labels is None else class_numbers(settings, cloud.labels[rows])
-    features = columns.clipped(full, values or _all_values(settings, cloud, rows))
+    labels = None if cloud.labels is None else cloud.labels[rows]
+    values = values or all_values(settings, cloud, rows)
+    scene = scene_of_values(settings, columns, cloud.points[rows], labels, values)
+    return replace(scene, tree=kp.KDTree(scene.points), cloud=cloud, rows=rows)
+
+
+def scene_of_values(settings: Settings, columns: Columns, full: np.ndarray, labels: np.ndarray | None,
+                    values: Mapping[str, np.ndarray]) -> Scene:  # fmt: skip
+    """A Scene without a tree of points with labels, as in the file, and values of their features."""
+    labels = None if labels is None else class_numbers(settings, labels)
+    features = columns.clipped(full, values)
     sub = subsampled(settings, full, features=features, labels=labels,
                      ignore_label=None if labels is None else IGNORED)  # fmt: skip
     sub_labels = np.full(len(sub.points), IGNORED, np.int64) if labels is None else sub.labels
-    return Scene(sub.points, sub.features, sub_labels, kp.KDTree(sub.points), full, labels, cloud, rows)
+    return Scene(sub.points, sub.features, sub_labels, None, full, labels)
 
 
 def subsampled(settings: Settings, points: np.ndarray, **more: Any) -> kp.subsampling.Subsampled:
@@ -522,10 +577,12 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[str], columns: Columns | None = None,
-         read_parts: PartClouds | None = None) -> tuple[list[Scene], Columns]:  # fmt: skip
+         read_parts: PartClouds | None = None, cache: Cache | None = None, *,
+         labelled: bool = True) -> tuple[list[Scene], Columns]:  # fmt: skip
     """([Scene], Columns) of parts of settings; without `columns` these are computed from the scenes.
 
-    Scenes of a folder or a pattern are those of its files. `read_parts` is for scenes alone, see `load_scenes`.
+    Scenes of a folder or a pattern are those of its files. `read_parts`, `cache` and `labelled` are for scenes alone,
+    see `load_scenes`.
     """
     if settings.digits:
         scenes, columns = load_digits(settings, parts, folder)
@@ -534,8 +591,9 @@ def load(settings: Settings, parts: Sequence[Source], folder: str | os.PathLike[
     elif settings.data.kind == "parts":
         scenes, columns = load_parts(settings, parts, folder)
     else:
-        scenes, columns = load_scenes(settings, filenames.single(parts, folder), folder, columns, read_parts)
-    if not any((scene.labels != IGNORED).any() for scene in scenes):
+        parts = filenames.single(parts, folder)
+        scenes, columns = load_scenes(settings, parts, folder, columns, read_parts, cache, labelled=labelled)
+    if not _any_labelled(settings, scenes):
         raise SettingsError(
             f"[data] {', '.join(map(str, parts))}: expected points with labels of the classes, got none"
         )

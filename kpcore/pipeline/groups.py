@@ -10,33 +10,37 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import socket
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import scipy
 
+from kpcore import config
 from kpcore.files import replacing
 from kpcore.io import ReadError, copc, scans
 from kpcore.io.cloud import Cloud, Request, field_values, ignored_points, name_index
 from kpcore.nn import checkpoints
-from kpcore.pipeline import blocks, statistics, tiles
+from kpcore.pipeline import blocks, engines, statistics, tiles
 from kpcore.pipeline.blocks import LATTICES, Cells
 from kpcore.pipeline.data import HEIGHT_FIELD, not_finite, reach_of, values_of
-from kpcore.pipeline.model import Model
+from kpcore.pipeline.model import Model, kept
 from kpcore.pipeline.probabilities import ProbabilityStore, array_names
 from kpcore.pipeline.segmentation import Rules, doubtful_label
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from kpcore.io.scans import Scan
 
 CLOSE = 1e-4  # of two probabilities: a GPU may order them in another way
 LARGEST = 16  # blocks along the side of a group: a power of two
 _BYTES_PER_POINT = 130  # of a point of a group: coordinates twice, order, cells, rows, file
-_SLACK = 1 + 1e-9  # of a box that is read; which points belong to a block is decided afterwards
+_SLACK = 1e-6  # of the side of a block, around what is read; which points belong to a block is decided afterwards
+_AT_ONCE = 1_000_000  # points that are decoded together
 _TIME, _RETURN = "gps_time", "return_number"  # with the coordinates they say which points of two files are the same
 
 
@@ -98,11 +102,16 @@ class Job:
 
     @functools.cached_property
     def model(self) -> Model:
-        return Model.load(self.model_path)
+        return kept(self.model_path)
 
     @functools.cached_property
     def tiles(self) -> tiles.Tiles:
         return tiles.Tiles(self.folder / "cells")
+
+    @functools.cached_property
+    def boxes(self) -> np.ndarray:
+        """(files, 4) of each file, see `Source.box`; NaN for one without an index."""
+        return np.array([source.box or [np.nan] * 4 for source in self.files])
 
     @functools.cached_property
     def store(self) -> ProbabilityStore:
@@ -138,7 +147,8 @@ class Job:
 
     def save(self) -> None:
         """Write the description."""
-        described = {"files": [asdict(source) for source in self.files], "options": asdict(self.options),
+        described = {"made_with": made_with(), "files": [asdict(source) for source in self.files],
+                     "options": asdict(self.options),
                      "low": [*self.low], "high": [*self.high]}  # fmt: skip
         with replacing(self.path) as part:
             part.write_text(json.dumps(described))
@@ -146,8 +156,17 @@ class Job:
     @classmethod
     def load(cls, folder: Path) -> Job:
         described = json.loads((folder / "job.json").read_text())
+        if (versions := made_with()) != described["made_with"]:
+            names = next(f"{name} {described['made_with'][name]}, as here, got {version}"
+                         for name, version in versions.items() if version != described["made_with"][name])  # fmt: skip
+            raise engines.Unfit(f"{socket.gethostname()}: expected {names}: the bits of labels could differ")
         files = [Source(**one) for one in described["files"]]
         return cls(folder, files, Options(**described["options"]), described["low"], described["high"])
+
+
+def made_with() -> dict[str, str]:
+    """The versions of packages on which the bits of labels depend."""
+    return {"kpcore": config.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
 
 
 class FileFailed(ReadError):
@@ -173,7 +192,7 @@ class Points(NamedTuple):
 def label_group(job: Job, cells: Cells, without: Collection[int] = ()) -> dict[str, Any]:
     """Label the blocks of a group, and write the result; files `without` are left out.
 
-    Returns what is to be known of the group besides.
+    Returns what the driver has to know of it; the distribution of its input is in the result alone.
     """
     model, options = job.model, job.options
     low, high = box_of(cells, model.block_size.side, options.lattices)
@@ -185,9 +204,10 @@ def label_group(job: Job, cells: Cells, without: Collection[int] = ()) -> dict[s
     observed = statistics.Observed(model.columns, model.statistics) if model.statistics else None
     total = np.zeros((len(chosen), model.net.num_classes), np.float32)
     labelled = np.zeros(len(chosen), np.uint8)  # by so many lattices
-    ranks = blocks.ranks_of(points.cloud.exact[chosen], values_of(model.settings, points.cloud, chosen))
-    first_lattice = 0
-    for lattice in LATTICES[: options.lattices]:
+    first_lattice, ranks = 0, None
+    if len(chosen):
+        ranks = blocks.ranks_of(points.cloud.exact[chosen], values_of(model.settings, points.cloud, chosen))
+    for lattice in LATTICES[: options.lattices] if len(chosen) else ():
         pieces = blocks.of_lattice(model, points.cloud, chosen, lattice, ranks, cells=cells, observed=observed)
         for positions, shares in pieces:
             total[positions] += shares
@@ -197,10 +217,11 @@ def label_group(job: Job, cells: Cells, without: Collection[int] = ()) -> dict[s
     place[chosen] = np.arange(len(chosen))
     place = place[points.first]
     about = {"inputs": inputs_of(job, cells, without), "points": first_lattice}
+    more = {}
     if observed:
         inside = points.cloud.exact[chosen[labelled > 0]]
-        about |= {"observed": observed.counted(), "spacing": statistics.spacing_of(inside)}
-    _write(job, cells, points, place, labelled, total, about)
+        more = {"observed": observed.counted(), "spacing": statistics.spacing_of(inside)}
+    _write(job, cells, points, place, labelled, total, about | more)
     return about | {"reading": reading}
 
 
@@ -219,7 +240,7 @@ def result_path(job: Job, cells: Cells) -> Path:
 def _write(job: Job, cells: Cells, points: Points, place: np.ndarray, labelled: np.ndarray, total: np.ndarray,
            about: dict[str, Any]) -> None:  # fmt: skip
     """Write the labels of the points that all lattices have labelled, and the probabilities of others, by file."""
-    lattices, arrays = job.options.lattices, {}
+    lattices, arrays, dtype = job.options.lattices, {}, np.min_scalar_type(total.shape[1])
     for number in np.unique(points.files):
         of_file = np.flatnonzero(points.files == number)
         of_file = of_file[np.argsort(points.rows[of_file])]
@@ -229,7 +250,7 @@ def _write(job: Job, cells: Cells, points: Points, place: np.ndarray, labelled: 
             continue
         shares = total[at[whole]] / lattices
         arrays[str(number)] = {
-            "rows": rows[whole], "classes": shares.argmax(axis=1).astype(np.int32), "confidence": shares.max(axis=1),
+            "rows": rows[whole], "classes": shares.argmax(axis=1).astype(dtype), "confidence": shares.max(axis=1),
             "part_rows": rows[part], "part_total": total[at[part]],
             "close": np.array([np.count_nonzero(are_close(shares))]),
         }  # fmt: skip
@@ -267,7 +288,7 @@ def bytes_per_point(model: Model) -> int:
 
 def margin_of(model: Model) -> float:
     """The width of the margin of a group: every point that has an effect on its labels is in it."""
-    return (model.block_size.halo + max(reach_of(model.settings))) * _SLACK
+    return model.block_size.halo + max(reach_of(model.settings)) + _SLACK * model.block_size.side
 
 
 def points_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[int] = ()) -> Points:
@@ -275,11 +296,14 @@ def points_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[i
     pieces = []
     for number in files_in(job, low, high, without):
         try:
-            piece = _piece(job, number, low, high)
+            for rows, records in _records_in(job, number, low, high):
+                piece = _piece(job, number, rows, records, low, high)
+                if len(piece.rows):
+                    pieces.append(piece)
+        except FileFailed:
+            raise
         except ReadError as error:
             raise FileFailed(number, str(error)) from None
-        if len(piece.rows):
-            pieces.append(piece)
     if not pieces:
         empty = np.empty((0, 3))
         return Points(Cloud(empty, None, None, np.zeros(3), exact=empty), *np.empty((3, 0), np.int64))
@@ -289,7 +313,7 @@ def points_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[i
     colors = None if pieces[0].colors is None else np.concatenate([piece.colors for piece in pieces])
     cloud = Cloud(exact, colors, None, np.zeros(3), fields=fields, exact=exact)
     first = np.arange(len(rows))
-    if len(pieces) > 1 and len(maybe := places_taken_twice(exact)):
+    if pieces[0].number != pieces[-1].number and len(maybe := places_taken_twice(exact)):
         values = values_of(job.model.settings, cloud, maybe)
         identity = np.concatenate([piece.identity for piece in pieces])[maybe]
         first[maybe] = maybe[same_points(exact[maybe], identity, files[maybe], values)]
@@ -311,10 +335,8 @@ def files_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[in
     """The numbers of the files that may have points in a box of x and y, in the unit of the network."""
     numbers = {*np.unique(job.tiles.entries(*_cells_of(job, low, high))["file"]).tolist()}
     begin, end = low / job.options.scale[:2], high / job.options.scale[:2]
-    for number, source in enumerate(job.files):
-        if source.box and (end >= source.box[:2]).all() and (begin <= source.box[2:]).all():
-            numbers.add(number)
-    return sorted(numbers - {*without})
+    meet = (job.boxes[:, :2] <= end).all(axis=1) & (job.boxes[:, 2:] >= begin).all(axis=1)
+    return sorted(numbers.union(np.flatnonzero(meet).tolist()).difference(without))
 
 
 def _cells_of(job: Job, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -322,16 +344,24 @@ def _cells_of(job: Job, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, 
     return np.floor(low / side), np.floor(high / side)
 
 
-def _piece(job: Job, number: int, low: np.ndarray, high: np.ndarray) -> _Piece:
-    """The points of a file that lie in a box and are in the input of the network."""
-    options, scan = job.options, job.scan(number)
+def _records_in(job: Job, number: int, low: np.ndarray,
+                high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """(rows, records) of the points of a file in a box, and of some beyond it."""
+    scan, scale = job.scan(number), job.options.scale[:2]
     if job.files[number].box:
         # A quotient may be rounded inwards, so that a point on the edge would be missing.
-        begin, end = low / options.scale[:2], high / options.scale[:2]
-        rows, records = copc.records_in(scan, np.nextafter(begin, -np.inf), np.nextafter(end, np.inf))
-    else:
-        entries = job.tiles.entries(*_cells_of(job, low, high))
-        rows, records = job.tiles.read(entries[entries["file"] == number], scan.record_size)
+        yield copc.records_in(scan, np.nextafter(low / scale, -np.inf), np.nextafter(high / scale, np.inf))
+        return
+    entries = job.tiles.entries(*_cells_of(job, low, high))
+    entries = entries[entries["file"] == number]
+    for some in np.split(entries, np.flatnonzero(np.diff(np.cumsum(entries["count"]) // _AT_ONCE)) + 1):
+        yield job.tiles.read(some, scan.record_size)
+
+
+def _piece(job: Job, number: int, rows: np.ndarray, records: np.ndarray, low: np.ndarray,
+           high: np.ndarray) -> _Piece:  # fmt: skip
+    """The points of records of a file that lie in a box and are in the input of the network."""
+    options, scan = job.options, job.scan(number)
     request = job.request(scan)
     content = scans.decoded(scan, records, request, options.wide_colors)
     points = content.points * np.array(options.scale)

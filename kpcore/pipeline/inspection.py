@@ -193,7 +193,7 @@ def _covering(model: Model, scenes: Sequence[Scene]) -> list[Sphere]:
     """Spheres that cover all points of scenes, drawn as for votes."""
     sampler = batches.Potentials(scenes, model.settings.training.radius, np.random.default_rng(0), move=False)
     spheres = []
-    while sampler.values.min() < 1e-3:  # potentials begin below this
+    while sampler.lowest < 1e-3:  # potentials begin below this
         spheres.append(sampler.next())
     return spheres
 

@@ -44,7 +44,7 @@ class Results:
         self.lattices, self.num_classes = job.options.lattices, job.model.net.num_classes
         self.keeps_probabilities, self._parts, self.close = job.options.probabilities is not None, [], 0
         for one in cells:
-            of_group, _ = checkpoints.read(groups.result_path(job, one))
+            of_group, _ = checkpoints.read(groups.result_path(job, one), mapped=True)
             if (of_file := of_group.get(str(number))) is not None:
                 self._parts.append(of_file)
                 self.close += int(of_file["close"][0])
@@ -55,6 +55,7 @@ class Results:
         total = np.full((number, self.num_classes), np.nan, np.float32) if self.keeps_probabilities else None
         sums: dict[str, list[np.ndarray]] = {"rows": [], "total": []}
         for part in self._parts:
+            checkpoints.leave_memory(part["rows"])  # read once, from the first row to the last
             begin, end = np.searchsorted(part["rows"], [first, first + number])
             rows = part["rows"][begin:end] - first
             classes[rows], confidence[rows] = part["classes"][begin:end], part["confidence"][begin:end]

@@ -282,6 +282,13 @@ class Data:
         "true for other files with such points; false for a sweep with a true point there", "true",
         default="true for sensor sweeps (.bin), else false",
     ))
+    cache: str | None = field(default=None, metadata=about(
+        "a folder on disk in which the training keeps the scenes, subsampled, and from which it reads only the spheres "
+        "of each step; relative to the folder of the TOML or of --data. Its entries are made again when a file or a "
+        "setting changes; it may be deleted when no training runs. Results are the same to the bit",
+        "where the scenes to train on do not fit the memory, or take long to read; on a local disk",
+        '"cache"', default="scenes are in memory", allowed="a path; scenes only", also=("cache_dir", "use_cache"),
+    ))
     licence: str | None = field(default=None, metadata=about(
         "licence of the data or the model, as text that the model file holds", "before a model is passed on",
         '"CC BY 4.0"', also=("license",), allowed="text",

@@ -281,7 +281,7 @@ def _check_reading(data: Data) -> None:
             expected = f"labels or {', '.join(FLAGS)}"
             raise SettingsError(f"[data] ignore: expected {expected}, got {_shown(one)}{near(one, FLAGS)}")
     if data.kind != "scenes":
-        for name in ("validation", "ignore", "drop_zeros"):
+        for name in ("validation", "ignore", "drop_zeros", "cache"):
             if getattr(data, name) not in (None, []):
                 raise SettingsError(f"[data] {name}: only valid for scenes, got {data.kind}")
     elif isinstance(data.validation, list):

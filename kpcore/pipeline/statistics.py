@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 import kpcore as kp
-from kpcore.pipeline.data import IGNORED
+from kpcore.pipeline.data import counts_of, pieces, quantiles_in_memory
 from kpcore.pipeline.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from kpcore import nn
     from kpcore.io import Cloud
     from kpcore.io.scans import Scan
-    from kpcore.pipeline.data import Columns, Scene
+    from kpcore.pipeline.cache import Stored
+    from kpcore.pipeline.data import Columns, Quantiles, Scene
     from kpcore.pipeline.settings import Settings
     from kpcore.pyramid import Pyramid
 
@@ -135,9 +136,13 @@ class Observed:
     columns : Columns
     training : Statistics, optional
         Those of the training, in whose bins values are counted; without them the bins follow from the first input.
+    quantiles : callable, optional
+        Computes the quantiles of values in several arrays.
     """
 
-    def __init__(self, columns: Columns, training: Statistics | None = None) -> None:
+    def __init__(self, columns: Columns, training: Statistics | None = None,
+                 quantiles: Quantiles = quantiles_in_memory) -> None:  # fmt: skip
+        self._quantiles = quantiles
         self._columns = columns_with_values(columns)
         self._training = training
         self._edges: list[np.ndarray] | None = None
@@ -147,16 +152,21 @@ class Observed:
 
     def add(self, features: np.ndarray, num_points: int) -> None:
         """Count the features of points of level 0, which come from `num_points` points."""
+        self._begin([features])
         values = [features[:, column.number] for column in self._columns]
-        if self._edges is None:
-            pairs = zip(self._columns, values, strict=True)
-            self._edges = [self._edges_of(column, of_column) for column, of_column in pairs]
-            self._counts = [np.zeros(len(edges) + 1, np.int64) for edges in self._edges]
         for edges, counts, of_column in zip(self._edges, self._counts, values, strict=True):
             places = np.searchsorted(edges, of_column, "right")
             places[of_column == edges[-1]] -= 1  # the last edge belongs to the last bin
             counts += np.bincount(places, minlength=len(counts))
         self.points, self.voxels = self.points + num_points, self.voxels + len(features)
+
+    def _begin(self, inputs: Sequence[np.ndarray]) -> None:
+        """Choose the bins by the features of the first inputs."""
+        if self._edges is None:
+            self._edges = [
+                self._edges_of(column, [features[:, column.number] for features in inputs]) for column in self._columns
+            ]
+            self._counts = [np.zeros(len(edges) + 1, np.int64) for edges in self._edges]
 
     def add_neighbors(self, pyramid: Pyramid) -> None:
         """Count the neighbours on each level."""
@@ -165,11 +175,15 @@ class Observed:
 
     def add_scenes(self, net: nn.Network | nn.KPNeXt, scenes: Sequence[Scene], side: float) -> None:
         """Count the features of scenes, and the neighbours in a block of this side in the middle of some of them."""
-        self.add(np.concatenate([scene.columns for scene in scenes]), sum(len(scene.full) for scene in scenes))
+        self._begin([scene.columns for scene in scenes])
+        for scene in scenes:
+            for features in pieces(scene.columns):
+                self.add(features, 0)
+            self.points += scene.stored.num_points if scene.stored else len(scene.full)
         for scene in scenes[:: 1 + len(scenes) // _SCENES_OF_NEIGHBORS]:
-            places = scene.points[:, :2]
-            middle = places[((places - np.median(places, axis=0)) ** 2).sum(axis=1).argmin()]  # the median may be empty
-            points = scene.points[(np.abs(scene.points[:, :2] - middle) <= side / 2).all(axis=1)]
+            middle = scene.points[scene.stored.middle if scene.stored else middle_of(scene.points), :2]
+            points = np.concatenate([points[(np.abs(points[:, :2] - middle) <= side / 2).all(axis=1)]
+                                     for points in pieces(scene.points)])  # fmt: skip
             self.add_neighbors(net.pyramid(points, row_splits=kp.row_splits([len(points)]), subsampled=True))
 
     def counted(self) -> dict[str, Any]:
@@ -188,11 +202,11 @@ class Observed:
         neighbors = np.array(counted["neighbors"]).reshape(-1, 2)
         self._neighbors = self._neighbors + neighbors if len(self._neighbors) else neighbors
 
-    def _edges_of(self, column: Column, values: np.ndarray) -> np.ndarray:
+    def _edges_of(self, column: Column, values: Sequence[np.ndarray]) -> np.ndarray:
         if self._training:
             edges = np.array(self._training.features[column.name].edges)
             return ((edges - column.center) / column.scale).astype(np.float32)
-        low, high = np.quantile(values, (0.001, 0.999)) if len(values) else (0.0, 1.0)
+        low, high = self._quantiles(values, (0.001, 0.999), np.float32) if sum(map(len, values)) else (0.0, 1.0)
         return np.linspace(low, max(high, low + 1e-6), _BINS + 1, dtype=np.float32)
 
     def statistics(self, spacing: float, unit: list[float | None],
@@ -214,6 +228,12 @@ def _quantiles(edges: np.ndarray, counts: np.ndarray) -> list[list[float]]:
     return [[q, float(np.interp(q, shares, edges))] for q in QUANTILES]
 
 
+def middle_of(points: np.ndarray) -> int:
+    """The number of the point nearest in x and y to the median of all, where there may be none."""
+    places = points[:, :2]
+    return int(((places - np.median(places, axis=0)) ** 2).sum(axis=1).argmin())
+
+
 def spacing_of(points: np.ndarray) -> float:
     """The median distance of a point to the nearest other one; 0 if most have a duplicate."""
     if len(points) < 2:
@@ -222,7 +242,7 @@ def spacing_of(points: np.ndarray) -> float:
     return float(np.median(kp.knn_search(points, queries, 2, return_distances=True).distance[1::2]))
 
 
-def unit_of(clouds: Sequence[Cloud | Scan]) -> list[float | None]:
+def unit_of(clouds: Sequence[Cloud | Scan | Stored]) -> list[float | None]:
     """Metres per unit of x and y, and of z, as all clouds say; None where one does not, or where they differ."""
     references = [cloud.reference for cloud in clouds]
     units: list[float | None] = []
@@ -235,13 +255,13 @@ def unit_of(clouds: Sequence[Cloud | Scan]) -> list[float | None]:
 def of_training(settings: Settings, net: nn.Network | nn.KPNeXt, columns: Columns, scenes: Sequence[Scene],
                 side: float) -> Statistics:  # fmt: skip
     """The statistics of the scenes of a training; neighbours are counted in blocks of this side."""
-    observed = Observed(columns)
+    cache = scenes[0].stored.cache if scenes[0].stored else None
+    observed = Observed(columns, quantiles=cache.quantiles if cache else quantiles_in_memory)
     observed.add_scenes(net, scenes, side)
-    labels = np.concatenate([scene.full_labels for scene in scenes])
-    counts = np.bincount(labels[labels != IGNORED], minlength=len(settings.names))
+    counts = np.sum([counts_of(settings, scene) for scene in scenes], axis=0)
     shares = dict(zip(settings.names, (counts / max(1, counts.sum())).tolist(), strict=True))
-    spacing = float(np.median([spacing_of(scene.full) for scene in scenes]))
-    return observed.statistics(spacing, unit_of([scene.cloud for scene in scenes]), shares)
+    spacing = float(np.median([scene.stored.spacing if scene.stored else spacing_of(scene.full) for scene in scenes]))
+    return observed.statistics(spacing, unit_of([scene.stored or scene.cloud for scene in scenes]), shares)
 
 
 def differences(training: Statistics, observed: Statistics, advise: bool = True) -> list[str]:

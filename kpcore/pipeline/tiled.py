@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import scipy
 
 from kpcore import config, nn
 from kpcore.backends import checks
@@ -392,11 +391,10 @@ class _Run:
 
     def _described(self, options: Options) -> dict[str, Any]:
         """What labels depend on besides the files."""
-        libraries = {"kpcore": config.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
         described = asdict(options)
         del described["wide_colors"]
         processor = f"{platform.machine()} {self.instruction_set}"
-        return {"format": _FORMAT, "made_with": libraries, "instruction_set": processor,
+        return {"format": _FORMAT, "made_with": groups.made_with(), "instruction_set": processor,
                 "model": self._model_hash(), "blocks": self.model.block_size._asdict(),
                 "options": json.loads(json.dumps(described))}  # fmt: skip
 
@@ -611,7 +609,7 @@ class _Run:
     def _result(self, group: int) -> dict[str, Any] | None:
         """What is known of a group that is done, with these files as its input; None if it is not."""
         try:
-            _, about = checkpoints.read(groups.result_path(self.job, self.groups[group]))
+            _, about = checkpoints.read(groups.result_path(self.job, self.groups[group]), mapped=True)
         except (OSError, ValueError):
             return None
         return about if about.get("inputs") == self.inputs[group] else None
@@ -662,8 +660,8 @@ class _Run:
                 self.written[number] = outcome
             self._tell(outcome)
             return []
-        if outcome["inputs"] != self.inputs[number]:  # a file has failed meanwhile
-            return [self._task_of_group(number)]
+        if outcome["inputs"] != self.inputs[number]:  # a file has failed meanwhile, and the group waits again
+            return []
         self.abouts[number] = outcome
         self.points += outcome["points"]
         self.done_points += self.points_of[number]
@@ -729,13 +727,15 @@ class _Run:
         survey = Survey(
             written, failed, dict(zip(names, counts.tolist(), strict=True)), total,
             None if total is None else voting.scores(total, names), messages, notes, self.seconds, self.points,
-            max(sum(self.peaks.values()), _peak()), len(self.groups),
+            _peak(), len(self.groups),
             sum(about["close"] for about in self.written.values()),
         )  # fmt: skip
         if self.is_complete:
             return survey
-        self._write_summary(survey)
         self._draw(survey)
+        peaks = self.peaks | {(socket.gethostname(), os.getpid()): _peak()}
+        survey = survey._replace(peak_memory=sum(peaks.values()))
+        self._write_summary(survey)
         abouts = {self.files[number].key: about for number, about in self.written.items()}
         self._write_manifest({"state": "incomplete" if failed else "done", "failed": failed, "files": abouts})
         if failed:
@@ -746,13 +746,15 @@ class _Run:
 
     def _differences(self) -> list[str]:
         """How the input differs from that of the training."""
-        training, abouts = self.model.statistics, [*self.abouts.values()]
-        if not training or not abouts:
+        training = self.model.statistics
+        if not training or not self.abouts:
             return []
-        observed = statistics.Observed(self.model.columns, training)
-        for about in abouts:
+        observed, spacings = statistics.Observed(self.model.columns, training), []
+        for group in self.abouts:
+            _, about = checkpoints.read(groups.result_path(self.job, self.groups[group]), mapped=True)
             observed.add_counted(about["observed"])
-        spacing = float(np.median([about["spacing"] for about in abouts]))
+            spacings.append(about["spacing"])
+        spacing = float(np.median(spacings))
         unit = statistics.unit_of([scan for number, scan in self.scans.items() if number not in self.failed])
         factors = self.job.options.scale
         unit = [length and length / factor for length, factor in zip(unit, factors[1:], strict=True)]

@@ -9,7 +9,7 @@ import os
 import reprlib
 import time
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,14 +19,15 @@ import numpy as np
 import kpcore as kp
 from kpcore import nn
 from kpcore.config import KpcoreWarning, free_memory
-from kpcore.files import replacing
+from kpcore.files import expanded, replacing
 from kpcore.io.cloud import list_names
 from kpcore.nn import checkpoints
 from kpcore.nn.networks import check_arrays, shapes
 from kpcore.pipeline import batches, blocks, filenames, labelling, statistics
+from kpcore.pipeline.cache import Cache
 from kpcore.pipeline.class_table import check_classes, class_table
 from kpcore.pipeline.curves import LOG, curves
-from kpcore.pipeline.data import IGNORED, columns_of, load, load_training
+from kpcore.pipeline.data import IGNORED, class_counts, columns_of, load, load_training
 from kpcore.pipeline.model import Model
 from kpcore.pipeline.settings import from_dict
 
@@ -98,6 +99,10 @@ class Training:
                  say: Callable[[str], object] = lambda line: None) -> None:  # fmt: skip
         if settings.data.folds is not None:
             raise ValueError("settings: expected those of one fold, from Settings.by_fold, got those of all folds")
+        cache = None
+        if settings.data.cache is not None:
+            cache = Cache(Path(folder, expanded(settings.data.cache)), say)
+        settings = _without_cache(settings)  # it is a folder of this machine, on which no number of the model depends
         self.settings, self.out, self.folder, self.seed = settings, Path(out), Path(folder), seed
         self.epoch = self.step = 0
         self.best, self.results, self.loss = -1.0, [], None
@@ -112,8 +117,8 @@ class Training:
             raise ValueError(f"init: expected none, as the run to resume in {out} began without, got {init}")
         columns = initial.model.columns if initial else saved.columns if saved else None
         say(f"reading the data: {', '.join(f'{len(one)} for {name}' for name, one in self.files.items() if one)}")
-        self.scenes, self.validation_scenes, columns = load_training(settings, folder, read_parts, columns)
-        self.test_scenes = load(settings, test, folder, columns, read_parts)[0] if test else []
+        self.scenes, self.validation_scenes, columns = load_training(settings, folder, read_parts, columns, cache)
+        self.test_scenes = load(settings, test, folder, columns, read_parts, cache)[0] if test else []
         parts = {"train": self.scenes, "validation": self.validation_scenes, "test": self.test_scenes}
         self.classes = class_table(settings, parts)
         self.warnings = check_classes(settings, parts, self.classes)
@@ -396,8 +401,8 @@ class Training:
         kind = self.settings.training.class_weights
         if kind == "none":
             return None
-        labels = np.concatenate([scene.labels for scene in self.scenes])
-        counts = np.bincount(labels[labels != IGNORED], minlength=len(self.settings.names))
+        classes = len(self.settings.names)
+        counts = np.sum([class_counts(scene.labels, classes) for scene in self.scenes], axis=0)
         weights = (1 / np.maximum(counts, 1)) ** (0.5 if kind == "root" else 1.0)
         weights[counts == 0] = 0
         return (weights / weights[counts > 0].mean()).astype(np.float32)
@@ -424,8 +429,9 @@ class SavedRun(NamedTuple):
 def saved_run(last: Path, settings: Settings, seed: int) -> SavedRun:
     """Read the last checkpoint of a run; an error if it does not go on with the settings or has another seed.
 
-    `epochs` may be larger than in the run. `validate` and `workers` may be others: no weight depends on them.
+    `epochs` may be larger than in the run. `validate`, `workers` and `cache` may be others: no weight depends on them.
     """
+    settings = _without_cache(settings)
     groups, about = checkpoints.read(last)
     with checkpoints.errors_name(f"resume: {last}"):
         run = about.get("run")
@@ -437,6 +443,10 @@ def saved_run(last: Path, settings: Settings, seed: int) -> SavedRun:
         if run.get("seed") != seed:
             raise ValueError(f"seed: expected {run.get('seed')}, as of the run to resume, got {seed}")
         return SavedRun(groups, run, saved, columns_of(saved, about.get("columns")))
+
+
+def _without_cache(settings: Settings) -> Settings:
+    return replace(settings, data=replace(settings.data, cache=None))
 
 
 def _differences(saved: Settings, settings: Settings) -> list[str]:

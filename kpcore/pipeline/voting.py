@@ -54,10 +54,10 @@ def probabilities(model: Model, scene: Scene, votes: int | None = None, seed: in
 
     def jobs() -> Iterator[list[batches.Sphere]]:
         spheres, points = [], 0
-        while not covered.all() or sampler.values.min() < votes - 1:
+        while not covered.all() or sampler.lowest < votes - 1:
             # Spheres raise potentials up to their radius but vote only up to vote_radius, so that a place near several
             # spheres may never have the lowest potential.
-            left_out = sampler.values.min() >= votes
+            left_out = sampler.lowest >= votes
             sphere = sampler.at(0, scene.points[covered.argmin()]) if left_out else sampler.next()
             if len(sphere.rows) == 0:
                 continue
@@ -103,7 +103,7 @@ def point_probabilities(model: Model, scene: Scene, votes: int | None = None, se
     A million points at once, since those of all may need ten times the memory of the cloud.
     """
     of_voxels = probabilities(model, scene, votes, seed, watch)
-    nearest = scene.tree.knn_search(scene.full, 1).index
+    nearest = scene.stored.nearest(scene.full) if scene.stored else scene.tree.knn_search(scene.full, 1).index
     for begin in range(0, len(nearest), _POINTS_AT_ONCE):
         rows = slice(begin, begin + _POINTS_AT_ONCE)
         yield rows, of_voxels[nearest[rows]]

@@ -22,7 +22,7 @@ CITY_CLASSES = {"ground": 2, "vegetation": 5, "building": 6, "wire": 14, "pole":
 GROUND, VEGETATION, BUILDING, WIRE, POLE, CAR = CITY_CLASSES.values()
 
 CELL = 80.0  # metres, from one street's middle to that of the next
-STEP = 0.001  # of coordinates, in metres
+PER_METRE = 1000  # coordinates are whole millimetres; a quotient by this is the nearest number, as readers have it
 FARTHEST = 2e6  # of a coordinate, in metres: 32 bits hold 2,147 km in steps of 1 mm
 ROAD, PAVEMENT, KERB = 4.5, 6.5, 0.12  # distances from the middle of a street, and a height
 NODE = 5.0  # distance of the places at which the height of the terrain is computed; it is bilinear between them
@@ -88,17 +88,17 @@ def city(low: Sequence[float], high: Sequence[float], *, density: float = 12.0, 
 
     Examples
     --------
-    >>> cloud = city((155_000, 463_000), (155_100, 463_050), seed=1)
+    >>> cloud = city((155_000, 463_000), (155_100, 463_050), seed=3)
     >>> sorted(set(cloud.labels.tolist()))
     [2, 5, 6, 14, 15, 64]
-    >>> left = city((155_000, 463_000), (155_030, 463_050), seed=1)
-    >>> right = city((155_030, 463_000), (155_100, 463_050), seed=1)
+    >>> left = city((155_000, 463_000), (155_030, 463_050), seed=3)
+    >>> right = city((155_030, 463_000), (155_100, 463_050), seed=3)
     >>> len(left.points) + len(right.points) == len(cloud.points)
     True
     """
     low, high, density, seed = _checked(low, high, density, seed)
     points = _joined(list(_parts(low, high, density, seed)))
-    exact = np.column_stack(points[:3]) * STEP
+    exact = np.column_stack(points[:3]) / PER_METRE
     shift = np.array([*np.floor(low), 0.0])
     moved = (exact - shift).astype(np.float32)
     fields = {name: getattr(points, name) for name in FIELDS}
@@ -198,11 +198,11 @@ def _write(file, low, high, density, seed):
             yield as_columns(_joined(parts))
 
     def as_columns(points: Points) -> list[np.ndarray]:
-        return [*(values * STEP for values in points[:3]), *points[3:]]
+        return [*(values / PER_METRE for values in points[:3]), *points[3:]]
 
     types = dict.fromkeys("xyz", np.float64) | dict(zip(Points._fields[3:], "BHBBdH", strict=True))
     columns = [Column(name, np.dtype(dtype)) for name, dtype in types.items()]
-    las.create(file, None, columns, blocks(), form=6, frame=las.Frame(STEP, (0.0, 0.0, 0.0), True))
+    las.create(file, None, columns, blocks(), form=6, frame=las.Frame(1 / PER_METRE, (0.0, 0.0, 0.0), True))
 
 
 def _joined(parts):
@@ -223,7 +223,7 @@ def _parts(low, high, density, seed) -> Iterator[Points]:
             return points
         inside = np.ones(len(points.x), bool)
         for values, a, b in zip(points[:2], low, high, strict=True):
-            inside &= (values * STEP >= a) & (values * STEP < b)
+            inside &= (values / PER_METRE >= a) & (values / PER_METRE < b)
         return points.chosen(inside)
 
     return map(part, cells)
@@ -291,9 +291,9 @@ def _cell(seed, i, j, density):
     grid = np.arange(side, dtype=np.float32)
     draws = rng.random((4, side, side), np.float32)
     # A scanner's rows: pulses vary more along a row than across.
-    x = np.floor((grid + 0.1 + 0.8 * draws[0]) * np.float32(spacing / STEP))
-    y = np.floor((grid[:, None] + 0.25 + 0.5 * draws[1]) * np.float32(spacing / STEP))
-    x, y = (values.clip(0, CELL / STEP - 1) * np.float32(STEP) for values in (x, y))
+    x = np.floor((grid + 0.1 + 0.8 * draws[0]) * np.float32(spacing * PER_METRE))
+    y = np.floor((grid[:, None] + 0.25 + 0.5 * draws[1]) * np.float32(spacing * PER_METRE))
+    x, y = (values.clip(0, CELL * PER_METRE - 1) / np.float32(PER_METRE) for values in (x, y))
 
     nodes = np.arange(CELL / NODE + 1) * NODE
     nodes = _terrain(seed, i * CELL + nodes, j * CELL + nodes[:, None])
@@ -445,7 +445,7 @@ def _upright(scan, surfaces, density, rng):
         (at / step).astype(int).clip(0, len(scan.x) - 1) for at in (x + outward * dy[of], y - outward * dx[of])
     )
     seen = (scan.label[row, column] != BUILDING) | (scan.z[row, column] < z) | (label[of] == POLE)
-    seen &= (np.minimum(x, y) >= 0) & (np.maximum(x, y) < CELL - STEP)
+    seen &= (np.minimum(x, y) >= 0) & (np.maximum(x, y) < CELL - 1 / PER_METRE)
     of = of[seen]
     return (*(values[seen].astype(np.float32) for values in (x, y, z)), label[of].astype(np.uint8), intensity[of])
 
@@ -674,12 +674,12 @@ def _returns(scan, extra, rng, luck, i, j):
     noise = rng.standard_normal((2, len(x)), np.float32)
     z += np.float32(NOISE) * noise[0]
     intensity *= 1 + np.float32(0.12) * noise[1]
-    whole = [np.rint(values * np.float32(1 / STEP)).astype(np.int32) for values in (x, y, z)]
+    whole = [np.rint(values * np.float32(PER_METRE)).astype(np.int32) for values in (x, y, z)]
     for axis, corner in enumerate((i, j)):
-        np.clip(whole[axis], 0, round(CELL / STEP) - 1, out=whole[axis])
-        whole[axis] += np.int32(corner * round(CELL / STEP))
+        np.clip(whole[axis], 0, round(CELL * PER_METRE) - 1, out=whole[axis])
+        whole[axis] += np.int32(corner * round(CELL * PER_METRE))
     line = int(np.floor(i * CELL / STRIP))
     start_of_line = TURN * (line - np.floor(-FARTHEST / STRIP))
-    time = start_of_line + (whole[1] * STEP + FARTHEST) / SPEED + (whole[0] * STEP - line * STRIP) * 1e-5
+    time = start_of_line + (whole[1] / PER_METRE + FARTHEST) / SPEED + (whole[0] / PER_METRE - line * STRIP) * 1e-5
     return Points(*whole, label, intensity.clip(1, 65_535).astype(np.uint16), order, number, time,
                   np.full(len(x), line % 65_535 + 1, np.uint16))  # fmt: skip
