@@ -1,4 +1,4 @@
-"""Points of LAS and LAZ files by their place: one pass sorts records into square cells, in files on disk.
+"""Points of files without an index by their place: one pass sorts records into square cells, in files on disk.
 
 A cell is a quarter of a block wide, so that few points beyond a box are read with it. Records stay as they are in the
 file, with their row in it, so nothing is rounded.
@@ -93,13 +93,14 @@ def _sort_file(scan, number, records_of, side, scale, memory, to_records, to_row
 def _sort_pieces(scan, number, side, scale, pieces, to_records, to_rows) -> np.ndarray:
     """Append the records of consecutive pieces to the files, by cell; the entries of the index."""
     first, records = pieces[0][0], np.concatenate([of_piece for _, of_piece in pieces])
-    points = scans.coordinates(scan, records)[:, :2] * np.asarray(scale[:2])
-    cells = np.floor(points / side)
-    if np.abs(cells).max() >= _MOST_CELLS:
+    points = scans.coordinates(scan, records)
+    used = np.flatnonzero(scans.are_points(points))
+    cells = np.floor(points[used, :2] * np.asarray(scale[:2]) / side)
+    if np.abs(cells).max(initial=0) >= _MOST_CELLS:
         width = CELLS_OF_BLOCK * side
         raise ReadError(f"{scan.path}: its points lie in more than 2**32 columns of blocks of {width:g}")
     order = np.lexsort((cells[:, 1], cells[:, 0]))  # stable: rows of a cell ascend
-    cells = cells[order]
+    cells, order = cells[order], used[order]
     starts = np.flatnonzero((np.diff(cells, axis=0, prepend=np.nan) != 0).any(axis=1))
     entries = np.empty(len(starts), _ENTRY)
     entries["x"], entries["y"] = cells[starts].T
