@@ -1082,7 +1082,9 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
             if len(sources) == 1:
                 raise
             detail(error)
-    decision = surveys.decide(headers, args.together) if headers else surveys.Decision(False, "no file can be read")
+    if not headers:  # each is told with its reason
+        return None
+    decision = surveys.decide(headers, args.together)
     if len(sources) > 1:
         say(decision.reason)
     if not decision.together:
@@ -1091,7 +1093,7 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
         return None
     if copies is None and not asked and not _is_large(args, headers[0]):
         return None
-    with Progress("reading") as progress:
+    with Progress("reading", width=12) as progress:
         return _segment_survey(args, model, sources, args.out, progress)
 
 
@@ -1120,13 +1122,17 @@ def _is_large(args: argparse.Namespace, scan: Scan) -> bool:
 def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Path], out: Path,
                     progress: Progress) -> dict[str, Any]:  # fmt: skip
     """Label a survey; what --json prints of it."""
-    from kpcore.pipeline import tiled, voting
+    from kpcore.io import scans
+    from kpcore.picture import in_one_line
+    from kpcore.pipeline import filenames, tiled, voting
 
     args.resumable = lambda: tiled.is_under_way(out)
+    is_file = len(sources) == 1 and out.suffix.lower() in scans.EXTENSIONS and not out.is_dir()
+    copies = {os.path.abspath(one): out if is_file else out / filenames.copy_name(one, args.format) for one in sources}
 
     def watch(what: str, done: float, note: str) -> None:
         if what == "worker":
-            detail(note)
+            detail(in_one_line(note))
         else:
             progress.to(done, what, note)
 
@@ -1135,8 +1141,10 @@ def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Pa
     options = {name: getattr(args, name) for name in names}
     try:
         with _ended_by_sigterm():
-            survey = tiled.segment_tiles(args.model, sources, out, workers=args.workers or 0, report=say, watch=watch,
-                                         **options)  # fmt: skip
+            survey = tiled.segment_tiles(
+                args.model, sources, out, workers=args.workers or 0, report=lambda line: say(in_one_line(line)),
+                watch=watch, **options,
+            )  # fmt: skip
     except ValueError as error:
         name, colon, rest = str(error).partition(":")
         name = "dask" if name == "cluster" else name
@@ -1149,12 +1157,13 @@ def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Pa
         files.append({"file": one.source, "out": one.out, "points": one.points, "counts": one.counts, "scores": scores,
                       "confusion": one.confusion, "notes": one.notes, "warnings": []})  # fmt: skip
         (detail if len(survey.files) > MOST_FILES_LISTED else say)(
-            f"{out / Path(one.out).name}: {counted(one.points, 'point')} labelled"
+            f"{in_one_line(str(copies[one.source]))}: {counted(one.points, 'point')} labelled"
         )
         for note in one.notes:
             detail(f"{one.source}: {note}")
     seconds = survey.seconds["all"]
-    say(f"{counted(len(files), 'file')}: {counted(sum(one.points for one in survey.files), 'point')}{_cost(survey)}",
+    say(f"{counted(len(files), 'file')}: {counted(sum(one.points for one in survey.files), 'point')}"
+        f"{_cost(survey, args.resume)}",
         *_lines(survey.counts), *survey.notes)  # fmt: skip
     if survey.scores is not None:
         say(_scores("compared with the labels in the files", survey.scores, model.settings.classifies))
@@ -1168,12 +1177,12 @@ def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Pa
     }  # fmt: skip
 
 
-def _cost(survey: Survey) -> str:
+def _cost(survey: Survey, is_resumed: bool) -> str:
     """Text after the number of points of a survey: what this run has labelled of them, time and memory."""
     if not survey.points:
         return ", all of which an earlier run has labelled"
     part = ""
-    if survey.points < sum(one.points for one in survey.files):
+    if is_resumed and survey.points < sum(one.points for one in survey.files):
         part = f", {survey.points:,} of them in this run,"
     seconds = survey.seconds["all"]
     return (f"{part} in {duration(seconds)}, {survey.points / max(seconds, 1e-9):,.0f} points/s, at most "

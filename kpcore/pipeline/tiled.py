@@ -704,7 +704,7 @@ class _Run:
     def _tell(self, outcome: Mapping[str, Any]) -> None:
         rate = self.points / max(1e-9, time.perf_counter() - self.started)
         files = counted(len(self.groups_of), "file")
-        note = f"{len(self.written):,} of {files}, {self.points:,} points, {rate:,.0f} points/s"
+        note = f"{len(self.written):,} of {files}, {self.points:,} points, {rate:,.0f}/s"
         self.watch("labelling", min(1.0, self.done_points / self.all_points), note)
         self.watch("worker", 0.0, f"{outcome['worker'][0]} process {outcome['worker'][1]}: {outcome['told']}")
 
@@ -815,7 +815,7 @@ def _work(folder: str, task: tuple[Any, ...]) -> dict[str, Any]:
         about = groups.label_group(job, *rest)
         reading = about.pop("reading")
         seconds = {"reading": reading, "labelling": time.perf_counter() - begin - reading}
-        told = f"{about['points']:,} points of group {number + 1:,}"
+        told = f"{counted(about['points'], 'point')} of group {number + 1:,}"
     else:
         about = merging.write_file(job, number, *rest)
         seconds = {"writing": time.perf_counter() - begin}
