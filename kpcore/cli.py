@@ -59,6 +59,7 @@ CONFUSION = "confusion.csv"
 QUIET, VERBOSE = "quiet", "verbose"
 MOST_FILES_LISTED = 20  # of a survey, without -v
 BYTES_OF_POINT = 300  # of a LAS that is labelled whole: coordinates, fields, probabilities
+BYTES_IN_FILE = 60  # of a point in a text or a PCD, where nothing says how many there are
 FORMATS = ("laz", "las", "ply", "npz", "pcd", "csv")  # that --format names
 DONE, FAULT, REFUSED, FAILED, NOT_TRUSTED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
 EXIT_CODES = {
@@ -1069,7 +1070,7 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
     ]  # fmt: skip
     if why_not := _why_no_survey(args, model, sources):
         if asked:
-            raise Refused(f"{asked[0]}: only valid for a survey of LAS, LAZ and COPC files: {why_not}")
+            raise Refused(f"{asked[0]}: only valid for a survey, or a scan that is labelled in parts: {why_not}")
         if len(sources) > 1:
             say(f"each of the {len(sources):,} files is labelled by itself: {why_not}")
         return None
@@ -1077,7 +1078,7 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
     for source in sources:
         try:
             scan = scans.opened(source)
-            headers.append(scan if scan.low else scans.measured(scan))
+            headers.append(scan if scan.low or scan.layout else scans.measured(scan))
         except ReadError as error:  # told at the end
             if len(sources) == 1:
                 raise
@@ -1091,7 +1092,7 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
         if asked:
             raise Refused(f"{asked[0]}: only valid for a survey: {decision.reason}")
         return None
-    if copies is None and not asked and not _is_large(args, headers[0]):
+    if (copies is None or headers[0].layout) and not asked and not _is_large(args, headers[0]):
         return None
     with Progress("reading", width=12) as progress:
         return _segment_survey(args, model, sources, args.out, progress)
@@ -1100,6 +1101,7 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
 def _why_no_survey(args: argparse.Namespace, model: Model, sources: Sequence[Path]) -> str | None:
     """Why files cannot be labelled piece by piece, if so."""
     from kpcore.io import scans
+    from kpcore.io.formats import why_no_pieces
     from kpcore.pipeline import labelling
 
     if args.category is not None:
@@ -1107,11 +1109,35 @@ def _why_no_survey(args: argparse.Namespace, model: Model, sources: Sequence[Pat
     method, notes = labelling.chosen_method(model, args.method, args.votes)
     if method != "blocks":
         return notes[0] if notes else "potentials need a whole cloud"
-    suffix = f".{args.format}" if args.format else args.out.suffix.lower() if len(sources) == 1 else ""
-    if suffix and suffix not in scans.EXTENSIONS and (args.format or not args.out.is_dir()):
-        return f"{suffix[1:].upper()} files are not written piece by piece"
+    if len(sources) == 1:
+        return why_no_pieces(sources[0], _copy(args, sources[0]))
+    if args.format and f".{args.format}" not in scans.EXTENSIONS:
+        return f"{args.format.upper()} files are not written piece by piece"
     others = [source for source in sources if source.suffix.lower() not in scans.EXTENSIONS]
     return f"{others[0].name} is no LAS, LAZ or COPC file" if others else None
+
+
+def _copy(args: argparse.Namespace, source: Path) -> Path:
+    """The name of the copy of a scan."""
+    from kpcore.pipeline import filenames
+
+    is_name = args.out.suffix and not args.out.is_dir()
+    return args.out if is_name else args.out / filenames.copy_name(source, args.format)
+
+
+def _check_fits(args: argparse.Namespace, source: Path, copy: Path) -> None:
+    """Refuse a scan that needs more memory than there is and cannot be labelled in parts because of its format."""
+    from kpcore.io import scans
+    from kpcore.io.formats import why_no_pieces
+
+    if not source.is_file() or (reason := why_no_pieces(source, copy)) is None:
+        return
+    suffix, points = source.suffix.lower(), source.stat().st_size / BYTES_IN_FILE
+    if suffix in scans.LAYOUTS or suffix in scans.EXTENSIONS:
+        points = scans.opened(source).num_points
+    needed, limit = points * BYTES_OF_POINT, args.memory or free_memory()
+    if needed > limit:
+        raise Refused(f"{source}: needs some {needed / 2**30:.2g} GiB of memory, got {limit / 2**30:.2g} GiB: {reason}")
 
 
 def _is_large(args: argparse.Namespace, scan: Scan) -> bool:
@@ -1285,6 +1311,7 @@ def _segment_one(args: argparse.Namespace, model: Model, source: Path, copy: Pat
     from kpcore.pipeline import segmentation, voting
 
     begin, before = time.perf_counter(), len(args.warned.lines)
+    _check_fits(args, source, copy)
     segmented = segmentation.segment(model, source, copy, watch=watch, report=say, **options)
     matrix, names = None, model.settings.names
     if segmented.scores is not None:

@@ -166,13 +166,13 @@ def test_a_file_that_changes(write, monkeypatch):
         with pytest.raises(ReadError, match=r"a\.las: has changed since its header was read"):
             next(iter(function(scan)))
     assert scan != scans.opened(path)
-    for change, reason in ((data, "has changed since its header was read"), (data[:-4000], "has changed|truncated")):
+    for change in (data, data[:-4000]):  # a file that is being written is short for a moment
         path.write_bytes(data)
         os.utime(path, ns=(1, 1))
         blocks = scans.records(scans.opened(path))
         next(blocks)
         path.write_bytes(change)
-        with pytest.raises(ReadError, match=rf"a\.las: ({reason})"):
+        with pytest.raises(ReadError, match=r"a\.las: (has changed|truncated)"):
             next(blocks)
     path.unlink()
     with pytest.raises(ReadError, match=r"a\.las: No such file"):
@@ -201,7 +201,8 @@ def test_what_is_no_las(write, tmp_path):
     for name, data, reason in (
         ("a.las", b"PK\x03\x04" * 200, "is a NPZ file"),
         ("b.las", b"", "is empty"),
-        ("c.ply", ply(POINTS), "unknown extension '.ply'; expected one of .las .laz"),
+        ("c.ply", ply(POINTS)[:40], "damaged: expected end_header"),
+        ("c.pcd", b"VERSION", r"a PCD is not labelled in parts: kpcore convert c\.pcd c\.laz makes a file that is$"),
         ("d.las", las(POINTS)[:300], "truncated: 4 points of 26 bytes from byte 227 exceed 300 bytes"),
     ):
         path = write(name, data)
@@ -288,6 +289,8 @@ def test_pieces_that_fail_leave_no_file(write, tmp_path):
     with pytest.raises(ReadError, match=r"a\.las: has changed since its header was read"):
         formats.write_pieces(field, source, out, changes)
     field = formats.label_field(source, tmp_path / "b.ply", 4)
-    with pytest.raises(ReadError, match=r"a\.las: expected a LAS or LAZ that is written to a LAS or LAZ, got .*b\.ply"):
+    with pytest.raises(
+        ReadError, match=r"a\.las: a LAS is not labelled in parts as a PLY: write a LAS and kpcore convert"
+    ):
         formats.write_pieces(field, source, tmp_path / "b.ply", lambda first_row, records: good)
     assert os.listdir(tmp_path) == ["a.las"]

@@ -113,9 +113,10 @@ class Request(NamedTuple):
     ignore: tuple[int | str, ...] = ()  #: labels and flags; points with one of them are left out
     drop_zeros: bool = False  #: whether points at (0, 0, 0) are left out
     exact: bool = False  #: whether the file's coordinates are to be kept in float64
+    is_part: bool = False  #: whether the rows are some of a file's
 
 
-#: pieces(first_row, records) -> (chosen, labels, extra) is called for one block of a LAS after the other, in the order
+#: pieces(first_row, records) -> (chosen, labels, extra) is called for one block of a file after the other, in the order
 #: of the file, with its (n, record size) uint8 records. `chosen`, (n,) bool, says which points of it get `labels`, (m,)
 #: integers, and the {name: (m,) values} of further fields in `extra`.
 Pieces: TypeAlias = "Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray]]]"
@@ -132,9 +133,22 @@ class LabelField(NamedTuple):
     #: labels, and these values in further fields. It returns what is missing or changed in the copy, in words.
     write: Callable[[Path, np.ndarray, np.ndarray, Mapping[str, np.ndarray]], list[str]]
     check: Callable[[Path], None] = lambda path: None  #: raises an error if no file can be written to that path
-    #: like `write`, but with `Pieces` instead of whole arrays; None: only copies of LAS and LAZ are written so
+    #: like `write`, but with `Pieces` instead of whole arrays; None: a file of this format is not written so
     write_pieces: Callable[[Path, Pieces], list[str]] | None = None
     extra: Mapping[str, np.dtype] = MappingProxyType({})  #: types of the further fields
+
+
+def pieces_of(labels: np.ndarray, kept: np.ndarray, extra: Mapping[str, np.ndarray]) -> Pieces:
+    """The `Pieces` of whole arrays, for blocks in the order of the file."""
+    done = 0
+
+    def piece(first_row: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        nonlocal done
+        chosen = kept[first_row : first_row + len(records)]
+        rows = slice(done, done := done + int(chosen.sum()))
+        return chosen, labels[rows], {name: values[rows] for name, values in extra.items()}
+
+    return piece
 
 
 def check_extra(name: str, present: DTypeLike, dtype: np.dtype) -> None:
@@ -293,7 +307,8 @@ def labels_from(
     """
     if request.label is not None:
         check_fields(columns.names, request)
-        labels, reason = labels_of(columns.find(request.label), f"field {request.label}", allow_zeros=True)
+        values = columns.find(request.label)
+        labels, reason = labels_of(values, f"field {request.label}", True, not request.is_part)
         if reason:
             raise ReadError(reason)
         return labels, None, None
@@ -316,12 +331,14 @@ def join_warnings(*messages: str | None) -> str | None:
     return "; ".join(filter(None, messages)) or None
 
 
-def labels_of(values: np.ndarray, name: str, allow_zeros: bool = False) -> tuple[np.ndarray | None, str | None]:
+def labels_of(
+    values: np.ndarray, name: str, allow_zeros: bool = False, are_all: bool = True
+) -> tuple[np.ndarray | None, str | None]:
     """(labels or None, the reason why there are none) from an array of whole numbers, all of a file.
 
     An array of zeros (never classified) counts as no labels, unless `allow_zeros`, and so does one without any label.
     """
-    labels, reason = labels_of_some(values, name)
+    labels, reason = labels_of_some(values, name, are_all)
     if labels is None:
         return None, reason
     values = np.asarray(values)
@@ -341,18 +358,24 @@ def labels_of_some(values: np.ndarray, name: str, are_all: bool = True) -> tuple
         values = values[:, 0]
     if values.ndim != 1 or values.dtype.kind not in "fiub":
         return None, f"{name}: expected one number for each point, got {values.shape} {values.dtype}"
+    labels, valid = checked_labels(values)
+    if not valid.all():
+        row = int(valid.argmin())
+        place = f" (point {row})" if are_all else ""
+        return None, f"{name} holds {values[row]}{place}, which is not a label: expected 32-bit whole numbers"
+    return labels, None
+
+
+def checked_labels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 labels, whether each value is a label or means that there is none) from numbers; the others are 0."""
     if np.can_cast(values.dtype, np.int32):
-        return values.astype(np.int32), None
+        return values.astype(np.int32), np.ones(len(values), bool)
     missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)
     all_bits = values.dtype.type(2**32 - 1) if values.dtype.kind == "f" else 2**32 - 1  # in float32 it is 2**32
     missing |= (values == all_bits) | (values == (2**64 - 1 if values.dtype.kind == "u" else -1))
     labels = np.where(missing, 0, values)
     valid = are_integers(labels, -(2.0**31), 2.0**31 - 1)
-    if not valid.all():
-        row = int(valid.argmin())
-        place = f" (point {row})" if are_all else ""
-        return None, f"{name} holds {values[row]}{place}, which is not a label: expected 32-bit whole numbers"
-    return np.where(missing, UNLABELED, labels).astype(np.int32), None
+    return np.where(missing, UNLABELED, np.where(valid, labels, 0)).astype(np.int32), valid
 
 
 def from_table(table: np.ndarray, request: Request) -> Content:
@@ -361,15 +384,11 @@ def from_table(table: np.ndarray, request: Request) -> Content:
     The columns are x y z, and r g b if there are exactly three more that can only be colours. They are never labels,
     as x y z r g b label (S3DIS) and x y z intensity r g b (PTS) cannot be told apart.
     """
-    if table.ndim != 2 or table.shape[1] < 3 or table.dtype.kind not in "fiu":
-        raise ReadError(f"expected an (N, 3 or more) table of numbers, got {table.shape} {table.dtype}")
-    num, width = table.shape
+    if not request.is_part:
+        check_table(table.shape, table.dtype, request)
+    width = table.shape[1]
     if request.columns:
         return from_columns(NamedArrays(zip(table_names(width, request), table.T, strict=True)), request)
-    if num < width and width > 9:
-        raise ReadError(
-            f"expected a row for each point, got {table.shape}: transpose the array, or name its columns with columns="
-        )
     columns = dict(zip("xyz", table.T, strict=False))
     if width == 6 and may_be_colors(table[:, 3:]):
         columns |= zip("rgb", table[:, 3:].T, strict=True)
@@ -380,6 +399,16 @@ def from_table(table: np.ndarray, request: Request) -> Content:
                    "x y z intensity r g b; no colours were read: name the columns with columns=")  # fmt: skip
     reason = "its columns have no names: pass them as columns= (in settings, columns of [data])"
     return content._replace(unlabeled=content.unlabeled and reason, warning=warning)
+
+
+def check_table(shape: tuple[int, ...], dtype: np.dtype, request: Request) -> None:
+    """Raise an error unless an array of this shape and type is a table with a row for each point."""
+    if len(shape) != 2 or shape[1] < 3 or dtype.kind not in "fiu":
+        raise ReadError(f"expected an (N, 3 or more) table of numbers, got {shape} {dtype}")
+    if not request.columns and shape[0] < shape[1] and shape[1] > 9:
+        raise ReadError(
+            f"expected a row for each point, got {shape}: transpose the array, or name its columns with columns="
+        )
 
 
 def table_names(width: int, request: Request) -> tuple[str, ...]:

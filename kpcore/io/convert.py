@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import re
+import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
-from kpcore.io import las, npz, pcd, ply, sweeps, text
+from kpcore.io import las, layout, npz, pcd, ply, sweeps, text
 from kpcore.io.cloud import (
     COLORS,
     LABEL_ARRAYS,
     LABELS,
     LabelField,
     ReadError,
+    Request,
     first_name_index,
     integer_range,
     list_names,
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from kpcore.io.cloud import Pieces
+
 TABLES = {
     ".ply": ply.table, ".pcd": pcd.table, ".las": las.table, ".laz": las.table, ".npy": npz.table_npy,
     ".npz": npz.table, ".xyz": text.table, ".txt": text.table, ".csv": text.table, ".pts": text.table,
@@ -35,6 +40,12 @@ TABLES = {
 CREATORS = {
     ".las": las, ".laz": las, ".ply": ply, ".npz": npz, ".pcd": pcd, ".csv": text, ".txt": text, ".xyz": text,
 }  # fmt: skip
+# Formats other than LAS and LAZ that are read piece by piece: (layout, blocks, content), see `kpcore.io.layout`.
+LAYOUTS = {
+    ".ply": (ply.layout, ply.blocks, layout.content),
+    ".npy": (npz.layout_npy, npz.blocks_npy, npz.content_npy),
+    ".npz": (npz.layout, npz.blocks, npz.content),
+}
 RGB = ("red", "green", "blue")
 # Coordinates of a new LAS are whole numbers of a power of ten: of the first in which all are exact; if there is none,
 # of the largest that divides the extent into a million parts. One part in a million of 1 km is 1 mm.
@@ -103,14 +114,49 @@ class Move(NamedTuple):
 def label_field(source: Path, out: Path, label: str | None, into: str | None, extra: Mapping[str, np.dtype],
                 values: np.ndarray | tuple[()], columns: Sequence[str] | None) -> LabelField:  # fmt: skip
     """The LabelField of a source of another format than `out`: everything that can be carried over is."""
-    suffix, size = source.suffix.lower(), source.stat().st_size
+    suffix = source.suffix.lower()
+    with source.open("rb") as file:
+        size, _ = state = las.state_of(file)
     named = {} if columns is None else {"columns": columns}  # of formats with columns that may have no names
     table = TABLES[suffix](source, size, **named)
     if table.num == 0:
         raise ReadError("holds no points")
     plan = _Plan(table, out, label, into, extra, values)
     limits = integer_range(plan.moves[plan.placed[plan.name]].column.dtype)
-    return LabelField(plan.name, table.num, *limits, plan.write)
+
+    def write_pieces(out: Path, pieces: Pieces) -> list[str]:
+        """Labels are on disk until all are made, as the table is not read in the same pieces."""
+        request = Request(columns=None if columns is None else tuple(columns))
+        with source.open("rb") as file, ExitStack() as stack:
+            las.check_unchanged(file, state)
+            kinds = {
+                "labels": np.dtype(np.int64),
+                "kept": np.dtype(bool),
+                **{f"extra {name}": extra[name] for name in extra},
+            }
+            made = {name: stack.enter_context(tempfile.TemporaryFile(dir=out.parent)) for name in kinds}
+            first = 0
+            for records in LAYOUTS[suffix][1](source, size, LAYOUTS[suffix][0](source, size, request)):
+                kept, labels, more = pieces(first, records)
+                first += len(records)
+                for name, values in (
+                    ("labels", labels),
+                    ("kept", kept),
+                    *((f"extra {name}", more[name]) for name in more),
+                ):
+                    made[name].write(values.astype(kinds[name]))
+            las.check_unchanged(file, state)
+            arrays = {name: layout.mapped(made[name], kind) for name, kind in kinds.items()}
+            return plan.write(out, arrays["labels"], arrays["kept"], {name: arrays[f"extra {name}"] for name in extra})
+
+    has_pieces = is_bounded(suffix, out.suffix.lower())
+    return LabelField(plan.name, table.num, *limits, plan.write, write_pieces=write_pieces if has_pieces else None)
+
+
+def is_bounded(before: str, after: str) -> bool:
+    """Whether a file of one extension is written to another format piece by piece."""
+    # The table of an NPZ is read as a whole, and a new NPZ is made as a whole.
+    return before in (".ply", ".npy") and after in CREATORS and after != ".npz"
 
 
 class _Plan:

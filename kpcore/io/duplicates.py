@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 CROWDED = 1000  # points at one place are reported if they are more: a million pairs of neighbours
 
 
+def left_out(number: int, total: int) -> str:
+    """Says that points are left out because they have no place."""
+    return f"{_counted(number, total)} left out, as a coordinate is NaN, infinite or too large for float32"
+
+
+def _counted(number: int, total: int) -> str:
+    return f"{number:,} of {total:,} points ({100 * number / total:.3g} %)"
+
+
 def faults(cloud: Cloud, share: float = 0.01) -> list[str]:
     """What looks wrong with the points that were read from a file, in sentences for a report or for warnings.
 
@@ -57,12 +66,11 @@ def faults(cloud: Cloud, share: float = 0.01) -> list[str]:
     total = len(cloud.points) + cloud.left_out + sum(cloud.dropped.values())
 
     def counted(number: int) -> str:
-        return f"{number:,} of {total:,} points ({100 * number / total:.3g} %)"
+        return _counted(number, total)
 
     sentences = []
     if cloud.left_out:
-        reason = "as a coordinate is NaN, infinite or too large for float32"
-        sentences.append(f"{counted(cloud.left_out)} left out, {reason}")
+        sentences.append(left_out(cloud.left_out, total))
     if dropped := cloud.dropped.get("zeros"):
         sentences.append(f"{counted(dropped)} at (0, 0, 0) left out, as pixels without a return are there")
     points, shift = (cloud.points, cloud.shift) if cloud.exact is None else (cloud.exact, np.zeros(3))

@@ -433,14 +433,34 @@ def write_to(field: LabelField, source: str | os.PathLike[str], out: str | os.Pa
         warnings.warn(f"{out}: {'; '.join(notes)}", stacklevel=3)
 
 
+def why_no_pieces(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> str | None:
+    """Why a file of these formats cannot be labelled piece by piece; None if it can.
+
+    A LAS or LAZ is written to a LAS or LAZ, a PLY and an NPZ to a file of their format, and a PLY and an NPY to one of
+    another format than NPZ.
+    """
+    source, out = Path(source), Path(out)
+    before, after = source.suffix.lower(), out.suffix.lower()
+    is_read = WRITERS.get(before) is las or before in convert.LAYOUTS
+    is_copy = before in WRITERS and WRITERS[before] is WRITERS.get(after)
+    if is_read and (is_copy or convert.is_bounded(before, after)):
+        return None
+    name = before[1:].upper()
+    if is_read:
+        copy, other = name if before in WRITERS else "PLY", after[1:].upper()
+        return f"a {name} is not labelled in parts as a {other}: write a {copy} and kpcore convert it"
+    return f"a {name} is not labelled in parts: kpcore convert {source.name} {source.stem}.laz makes a file that is"
+
+
 def write_pieces(field: LabelField, source: str | os.PathLike[str], out: str | os.PathLike[str],
                  pieces: Pieces) -> None:  # fmt: skip
-    """As `write_to`, for a copy of a LAS or LAZ with labels that are made block by block; see `Pieces`.
+    """As `write_to`, with labels that are made block by block; see `Pieces`.
 
-    Errors that `pieces` raises are those of this function, and no file is left behind.
+    `why_no_pieces` says for which formats. Errors that `pieces` raises are those of this function, and no file is left
+    behind.
     """
     if field.write_pieces is None:
-        raise ReadError(f"{source}: expected a LAS or LAZ that is written to a LAS or LAZ, got {out}")
+        raise ReadError(f"{source}: {why_no_pieces(source, out)}")
     raised = []
 
     def checked(first_row: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, Mapping[str, np.ndarray]]:

@@ -35,6 +35,7 @@ from kpcore.io.cloud import (
     join_warnings,
     labels_from,
     name_index,
+    pieces_of,
 )
 from kpcore.io.reference import combined
 from kpcore.io.table import Column, Table, unique
@@ -655,19 +656,6 @@ def label_field(source: Path, label: str | None, into: str | None, extra: Mappin
         _check_packets(source, head, out)
 
     return LabelField(dimension.name, head.num, smallest, largest, write, check, write_pieces)
-
-
-def pieces_of(labels: np.ndarray, kept: np.ndarray, extra: Mapping[str, np.ndarray]) -> Pieces:
-    """The `Pieces` of whole arrays, for blocks in the order of the file."""
-    done = 0
-
-    def piece(first_row: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        nonlocal done
-        chosen = kept[first_row : first_row + len(records)]
-        rows = slice(done, done := done + int(chosen.sum()))
-        return chosen, labels[rows], {name: values[rows] for name, values in extra.items()}
-
-    return piece
 
 
 def check_plain(out: Path) -> None:

@@ -6,6 +6,7 @@ import bisect
 import re
 import shutil
 import warnings
+from collections import deque
 from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,14 +28,20 @@ from kpcore.io.cloud import (
     integer_range,
     list_names,
     name_index,
+    pieces_of,
 )
-from kpcore.io.table import check_new_name, filled, number_words, points_first, records, table_of
+from kpcore.io.las import check_unchanged, state_of
+from kpcore.io.layout import named, of_fields, ranges, rows_at_once
+from kpcore.io.layout import table as table_of_layout
+from kpcore.io.table import check_new_name, filled, number_words, records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import BinaryIO
 
+    from kpcore.io.cloud import Pieces
+    from kpcore.io.layout import Layout
     from kpcore.io.table import Column, Table
 
 # Not through plyfile 1.1: it rejects comments and names that are not ASCII, reads lists row by row in Python (40,000
@@ -209,6 +216,76 @@ def _dtype(kind: bytes, form: str, number: int) -> np.dtype:
     if _text(kind) not in TYPES:
         raise ReadError(f"line {number}: expected a type such as float or uchar, got {_text(kind)[:60]!r}")
     return np.dtype((BYTE_ORDERS[form] or "=") + TYPES[_text(kind)])
+
+
+# ---- piece by piece
+
+
+def layout(path: Path, size: int, request: Request) -> Layout:
+    """The numbers of the vertices: as in the file where every vertex has as many bytes, else packed."""
+    with path.open("rb") as file:
+        header = _header(file, size)
+        if header.has_fixed_rows:
+            _start(file, header, header.vertex, size)
+    scalars = [one for one in header.vertex.properties if one.count is None]
+    check_columns([one.name for one in scalars], request)
+    record = np.dtype([(str(at), one.dtype) for at, one in enumerate(scalars)])
+    dimensions = [one._replace(name=of.name) for one, of in zip(named(record), scalars, strict=True)]
+    return of_fields(header.vertex.num, record.itemsize, dimensions)
+
+
+def blocks(path: Path, size: int, layout: Layout, names: Collection[str] | None = None) -> Iterator[np.ndarray]:
+    """The records of a layout, (n, size) uint8, in the order of the file."""
+    with path.open("rb") as file:
+        header = _header(file, size)
+        for records, _ in _placed_records(file, header, size, ()):
+            yield records
+
+
+def _placed_records(file: BinaryIO, header: Header, size: int, places: Collection[int | None]
+                    ) -> Iterator[tuple[np.ndarray, dict[int | None, tuple[np.ndarray, np.ndarray]]]]:  # fmt: skip
+    """(records, {place: the first and the last + 1 byte in the file}) of some vertices at a time.
+
+    Places are those of properties, or None for the end of a vertex.
+    """
+    properties, num = header.vertex.properties, header.vertex.num
+    scalars = [at for at, one in enumerate(properties) if one.count is None]
+    record = np.dtype([(str(at), properties[at].dtype) for at in scalars])
+    if header.has_fixed_rows:
+        start = _start(file, header, header.vertex, size)
+        widths = np.cumsum([0, *(one.dtype.itemsize for one in properties)])
+        file.seek(start)
+        for first, end in ranges(num, record.itemsize):
+            records = np.fromfile(file, np.uint8, (end - first) * record.itemsize)
+            if len(records) < (end - first) * record.itemsize:
+                raise ReadError(f"truncated: ends in the vertices from {first} to {end - 1}")
+            begins = start + np.arange(first, end, dtype=np.int64) * record.itemsize if places else None
+            yield (
+                records.reshape(end - first, record.itemsize),
+                {
+                    at: (begins + widths[-1 if at is None else at], begins + widths[-1 if at is None else at + 1])
+                    for at in places
+                },
+            )
+        return
+    held, count, most = [], 0, rows_at_once(record.itemsize)
+
+    def joined():
+        parts, of_places = zip(*held, strict=True)
+        ranges = {at: np.concatenate([one[at] for one in of_places], axis=1) for at in places}
+        return np.concatenate(parts).view(np.uint8).reshape(-1, record.itemsize), ranges
+
+    for rows in _rows(file, header, header.vertex, size):
+        part = np.empty(len(rows.stops), record)
+        for at in scalars:
+            part[str(at)] = rows.numbers(at)
+        held.append((part, {at: np.stack(rows.byte_range(at)) for at in places}))
+        count += len(part)
+        if count >= most:
+            yield joined()
+            held, count = [], 0
+    if held:
+        yield joined()
 
 
 # ---- the rows of binary files
@@ -471,8 +548,8 @@ class Edit(NamedTuple):
 
 
 def label_field(source: Path, label: str | None, into: str | None, extra: Mapping[str, np.dtype]) -> LabelField:
-    size = source.stat().st_size
     with source.open("rb") as file:
+        size, _ = state = state_of(file)
         header = _header(file, size)
         properties, num = header.vertex.properties, header.vertex.num
         names = [one.name for one in properties]
@@ -491,44 +568,47 @@ def label_field(source: Path, label: str | None, into: str | None, extra: Mappin
                 _type_name(other, kind)
             else:
                 check_extra(names[places[other]], _number_type(properties[places[other]]), kind)
+        # What is damaged is refused before long work.
         if header.has_fixed_rows:
-            widths = np.cumsum([0, *(one.dtype.itemsize for one in properties)])
-            first = _start(file, header, header.vertex, size) + np.arange(num) * widths[-1]
-            ranges = {
-                at: (first + widths[-1 if at is None else at], first + widths[-1 if at is None else at + 1])
-                for at in {*places.values()}
-            }
+            _start(file, header, header.vertex, size)
         else:
-            rows = [
-                {at: rows.byte_range(at) for at in {*places.values()}}
-                for rows in _rows(file, header, header.vertex, size)
-            ]
-            empty = np.zeros((2, 0), np.int64)
-            ranges = {at: np.concatenate([empty, *(block[at] for block in rows)], axis=1) for at in {*places.values()}}
+            deque(_rows(file, header, header.vertex, size), maxlen=0)
 
-    def write(out: Path, labels: np.ndarray, kept: np.ndarray, extra: Mapping[str, np.ndarray]) -> list[str]:
-        lines, new, edits = b"", [], []
-        for one, values in ((name, labels), *extra.items()):
-            place = places[one]
-            if place is None:
-                kind = np.dtype("i4") if one == name else values.dtype
-                lines += f"property {_type_name(one, kind)} {one}".encode() + header.line_end
-                new.append(_words(filled(kept, values, kind), kind, header.byte_order))
-            else:
-                start, stop = ranges[place]
-                edits.append(_edit(start[kept], stop[kept], _words(values, properties[place].dtype, header.byte_order)))
-        if new and header.byte_order:
-            edits.append(_edit(*ranges[None], np.concatenate(new, axis=1)))
-        elif new:
-            edits.append(
-                _edit(*ranges[None], reduce(np.char.add, [word for words in new for word in (b" ", words)], b""))
-            )
-        with source.open("rb") as file, out.open("wb") as copy:
-            copy.write(file.read(header.insert_at) + lines)
-            _copy_with(file, copy, _in_order(edits))
+    def write_pieces(out: Path, pieces: Pieces) -> list[str]:
+        kinds = {one: np.dtype("i4") if one == name else extra[one] for one in places}
+        new = [one for one, place in places.items() if place is None]
+        lines = b"".join(f"property {_type_name(one, kinds[one])} {one}".encode() + header.line_end for one in new)
+        with source.open("rb") as file, source.open("rb") as rest, out.open("wb") as copy:
+            check_unchanged(file, state)
+            copy.write(rest.read(header.insert_at) + lines)
+            first = 0
+            for records, ranges in _placed_records(file, header, size, {*places.values()}):
+                records.flags.writeable = False
+                chosen, labels, more = pieces(first, records)
+                first += len(records)
+                values, added, edits = {name: labels, **more}, [], []
+                for one, place in places.items():
+                    if place is None:
+                        kind = kinds[one]
+                        added.append(_words(filled(chosen, values[one], kind), kind, header.byte_order))
+                    else:
+                        start, stop = ranges[place]
+                        words = _words(values[one], properties[place].dtype, header.byte_order)
+                        edits.append(_edit(start[chosen], stop[chosen], words))
+                if added and header.byte_order:
+                    edits.append(_edit(*ranges[None], np.concatenate(added, axis=1)))
+                elif added:
+                    separated = [word for words in added for word in (b" ", words)]
+                    edits.append(_edit(*ranges[None], reduce(np.char.add, separated, b"")))
+                _copy_with(rest, copy, _in_order(edits))
+            shutil.copyfileobj(rest, copy)
+            check_unchanged(file, state)
         return []
 
-    return LabelField(name, num, *integer_range(dtype), write)
+    def write(out: Path, labels: np.ndarray, kept: np.ndarray, extra: Mapping[str, np.ndarray]) -> list[str]:
+        return write_pieces(out, pieces_of(labels, kept, extra))
+
+    return LabelField(name, num, *integer_range(dtype), write, write_pieces=write_pieces)
 
 
 def _number_type(one: Property) -> np.dtype:
@@ -573,7 +653,7 @@ def _in_order(edits: list[Edit]) -> Edit:
 
 
 def _copy_with(file, out, edit):
-    """Copy the rest of a file with an edit of it."""
+    """Copy a file from where it is to the end of an edit of it."""
     for first in range(0, len(edit.start), LABEL_BLOCK):
         start, stop, letters, size = (array[first : first + LABEL_BLOCK] for array in edit)
         for _ in range(file.tell(), start[0], COPY_BLOCK):
@@ -592,7 +672,6 @@ def _copy_with(file, out, edit):
             copy[inserted] = letters[np.arange(width) < size[:, None]]
             copy[~inserted] = data[~_are_inside(start, stop, len(data))]
         out.write(copy)
-    shutil.copyfileobj(file, out)
 
 
 def _are_inside(starts: np.ndarray, stops: np.ndarray, num: int) -> np.ndarray:
@@ -612,7 +691,8 @@ def table(path: Path, size: int) -> Table:
         header = _header(file, size)
     missing = [f"element {one.name}" for one in header.elements if one is not header.vertex and one.num]
     missing += [f"list {one.name}" for one in header.vertex.properties if one.count is not None]
-    return table_of(lambda: points_first(_columns(path, size)), lambda names: first_name_index(names, LABELS), missing)
+    fields = layout(path, size, Request())
+    return table_of_layout(fields, lambda: blocks(path, size, fields), missing)
 
 
 def create(out: Path, num: int, columns: Sequence[Column], blocks: Iterable[list[np.ndarray]]) -> None:

@@ -151,6 +151,18 @@ def _contents(file: BinaryIO, mapped: bool = False) -> tuple[dict[str, str], Arr
     return metadata, dict(sorted(arrays.items()))
 
 
+def leave_memory(array: np.ndarray) -> None:
+    """Let the pages of a mapped file that this process has read no longer count as its memory; others read them again.
+
+    array : one of the file, as `read` returns them with `mapped`
+    """
+    base = array
+    while isinstance(base, (np.ndarray, memoryview)):
+        base = base.obj if isinstance(base, memoryview) else base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
 def _view(memory: mmap.mmap, dtype: str, shape: list[int], offset: int) -> np.ndarray:
     """A read-only array of a part of a file in memory; a copy where the part is not aligned, as it need not be."""
     num = math.prod(shape)

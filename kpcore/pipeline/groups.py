@@ -30,7 +30,7 @@ from kpcore.pipeline.blocks import LATTICES, Cells
 from kpcore.pipeline.data import HEIGHT_FIELD, not_finite, reach_of, values_of
 from kpcore.pipeline.model import Model, kept
 from kpcore.pipeline.probabilities import ProbabilityStore, array_names
-from kpcore.pipeline.segmentation import Rules
+from kpcore.pipeline.segmentation import Rules, doubtful_label
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -55,6 +55,7 @@ class Source:
     points: int
     out: str  #: the labelled copy
     box: list[float] | None = None  #: (x, y) low, (x, y) high of a COPC, in its unit; None for a file without an index
+    telling: str = ""  #: `scans.Scan.telling` in hexadecimal digits
 
     @property
     def key(self) -> str:
@@ -122,7 +123,7 @@ class Job:
 
     @property
     def rules(self) -> Rules:
-        return Rules(tuple(self.options.keep), self.options.unclassified)
+        return Rules(tuple(self.options.keep), self.options.unclassified, doubtful_label(self.files[0].out))
 
     def request(self, scan: Scan) -> Request:
         """What is read of a file for the input of the network."""
@@ -140,7 +141,9 @@ class Job:
     def scan(self, number: int) -> Scan:
         """The header of a file; an error if it is not the one that the job was made for."""
         check_unchanged(self, number)
-        return scans.opened(self.files[number].path)
+        source = self.files[number]
+        scan = scans.opened(source.path, self.model.settings.data.columns)
+        return scan._replace(telling=bytes.fromhex(source.telling))
 
     def save(self) -> None:
         """Write the description."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kpcore.files import replacing
-from kpcore.io import scans
+from kpcore.io import ReadError, scans
 from kpcore.io.cloud import Request
-from kpcore.io.formats import label_field, write_pieces
+from kpcore.io.formats import label_field, why_no_pieces, write_pieces
 from kpcore.nn import checkpoints
 from kpcore.pipeline import groups
 from kpcore.pipeline.data import IGNORED, class_numbers
@@ -55,6 +55,7 @@ class Results:
         total = np.full((number, self.num_classes), np.nan, np.float32) if self.keeps_probabilities else None
         sums: dict[str, list[np.ndarray]] = {"rows": [], "total": []}
         for part in self._parts:
+            checkpoints.leave_memory(part["rows"])  # read once, from the first row to the last
             begin, end = np.searchsorted(part["rows"], [first, first + number])
             rows = part["rows"][begin:end] - first
             classes[rows], confidence[rows] = part["classes"][begin:end], part["confidence"][begin:end]
@@ -80,10 +81,14 @@ def field_of(job: Job, number: int) -> LabelField:
     """Where the labels of a file are written; an error if they cannot be."""
     source, options = job.files[number], job.options
     extra = {"confidence": np.uint8} if options.confidence else {}
-    return label_field(
+    field = label_field(
         source.path, source.out, source.points, label=None if options.into else options.label, into=options.into,
         values=job.rules.values(job.model, options.into is not None), extra=extra,
+        columns=job.model.settings.data.columns,
     )  # fmt: skip
+    if field.write_pieces is None:
+        raise ReadError(f"{source.path}: {why_no_pieces(source.path, source.out)}")
+    return field
 
 
 def write_file(job: Job, number: int, cells: Sequence[Cells], made_of: str) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def write_file(job: Job, number: int, cells: Sequence[Cells], made_of: str) -> d
     source, options, model, scan = job.files[number], job.options, job.model, job.scan(number)
     groups.check_unchanged(job, number)
     results, rules = Results(job, number, cells), job.rules
-    request, num_classes = Request(label=job.label(scan)), model.net.num_classes
+    request, num_classes = Request(label=job.label(scan), ignore=tuple(options.ignore)), model.net.num_classes
     counts, matrix = np.zeros(num_classes, np.int64), np.zeros((num_classes, num_classes), np.int64)
     notes = {"ignored": 0, "stays": 0, "unclassified": 0}
     has_labels = False
@@ -106,14 +111,16 @@ def write_file(job: Job, number: int, cells: Sequence[Cells], made_of: str) -> d
         content = scans.decoded(scan, records, request)
         chosen = labels.classes != IGNORED
         classes, confidence = labels.classes[chosen], labels.confidence[chosen]
-        final = final_labels(model, rules, classes, confidence, content.labels[chosen])
-        true = class_numbers(model.settings, content.labels[chosen])
-        has_labels |= bool(content.labels.any())
-        matrix[:] += confusion(true, classes, num_classes)
+        in_file = None if content.labels is None else content.labels[chosen]
+        final = final_labels(model, rules, classes, confidence, in_file)
+        if in_file is not None:
+            has_labels |= bool(content.labels.any())
+            matrix[:] += confusion(class_numbers(model.settings, in_file), classes, num_classes)
         counts[:] += np.bincount(classes[final.is_of_class], minlength=num_classes)
-        for name, value in (("ignored", len(chosen) - len(classes)), ("stays", final.stays),
+        ignored = np.count_nonzero(scans.are_points(content.points) & ~chosen)
+        for name, value in (("ignored", ignored), ("stays", final.stays),
                             ("unclassified", final.unclassified)):  # fmt: skip
-            notes[name] += value
+            notes[name] += int(value)
         overview.add(content.points[:, :2] * np.array(options.scale[:2]), labels.classes)
         if store:
             store.append(labels.probabilities)

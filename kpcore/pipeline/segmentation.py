@@ -65,6 +65,11 @@ class Rules(NamedTuple):
             yield f"{stays:,} points keep their label"
 
 
+def doubtful_label(out: str | os.PathLike[str]) -> int:
+    """The label of points with a probability that is too small, in a file of this name."""
+    return 1 if Path(out).suffix.lower() in (".las", ".laz") else 0
+
+
 class Final(NamedTuple):
     """The labels of points as they are written."""
 
@@ -146,7 +151,7 @@ def segment(model: Model, source: str | os.PathLike[str], out: str | os.PathLike
     if scale is not None:
         cloud = scaled(cloud, *(unit_scale(model, [cloud]) if scale == "auto" else scale))
     kept = np.ones(len(cloud.points), bool) if cloud.kept is None else cloud.kept
-    rules = Rules(tuple(keep), unclassified, 1 if Path(out).suffix.lower() in (".las", ".laz") else 0)
+    rules = Rules(tuple(keep), unclassified, doubtful_label(out))
     more = {"confidence": np.uint8} if confidence else {}
     field = label_field(  # checks before the work
         source, out, len(kept), label=None if into else model.settings.data.label, into=into, extra=more,

@@ -1,4 +1,4 @@
-"""Labels of a survey of LAS, LAZ and COPC files that need not fit into memory, on one machine or many.
+"""Labels of files that need not fit into memory, on one machine or many: a survey of LAS, LAZ and COPC, or one file.
 
 A survey is labelled as if it were one cloud: the input of a block is every point of its cell and halo, of whatever
 file. One pass puts the points of files without an index into cells on disk (`tiles`); groups of blocks are tasks of an
@@ -34,6 +34,7 @@ from kpcore.console import counted, plain
 from kpcore.files import replacing
 from kpcore.io import ReadError, copc, scans
 from kpcore.io.cloud import Request, name_index
+from kpcore.io.formats import WRITERS
 from kpcore.nn import checkpoints
 from kpcore.pipeline import blocks, engines, filenames, groups, merging, statistics, surveys, tiles, voting
 from kpcore.pipeline.blocks import LATTICES, Cells
@@ -97,7 +98,7 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
                   ignore: Sequence[int | str] = (), scale: tuple[float, float] | str | None = None,
                   theme: str = "dark", report: Callable[[str], object] | None = None,
                   watch: Callable[[str, float, str], object] | None = None) -> Survey:  # fmt: skip
-    """Label LAS, LAZ and COPC files as one survey, and write a labelled copy of each.
+    """Label LAS, LAZ and COPC files as one survey, or a single PLY, NPY or NPZ, and write a labelled copy of each.
 
     Labels are equal to the bit however the survey is cut into files, and whatever the memory, the workers and the
     interruptions, on processors of one instruction set; all workers use the best that all of them have. Points that
@@ -110,7 +111,8 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
         Files of one survey, in one unit. They are not changed.
     out : path
         A folder for the copies, with the names of the files; a COPC becomes a plain LAZ. Also ``summary.json``, and
-        ``overview.png`` if matplotlib is installed. For one file also the name of its copy, with an extension.
+        ``overview.png`` if matplotlib is installed. For one file also the name of its copy, with an extension; see
+        `kpcore.io.formats.why_no_pieces` for those that there can be.
     memory : int, optional
         Bytes that this process and its workers may take; half of what is free by default. It decides how many blocks
         are read together, not the result.
@@ -127,7 +129,7 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
     executor : concurrent.futures.Executor, optional
         Its workers read and write the same folders as this process.
     format : {"las", "laz"}, optional
-        Of the copies; by default as the files.
+        Of the copies, of one file also another; by default as the files.
     keep, into, confidence, unclassified, ignore, scale
         See `kpcore.pipeline.segmentation.segment`.
     probabilities : bool
@@ -198,11 +200,15 @@ def _copies(sources: Sequence[str | os.PathLike[str]], out: str | os.PathLike[st
             format: str | None) -> dict[Path, Path]:  # fmt: skip
     """The copy of each source."""
     if format is not None:
-        checks.choice("format", format, ("las", "laz"))
+        formats = scans.EXTENSIONS if len(sources) > 1 else [*WRITERS]
+        checks.choice("format", format, tuple(suffix[1:] for suffix in formats))
     sources, out = [Path(source) for source in sources], Path(out)
     if not sources:
         raise ValueError("sources: expected at least one file, got none")
-    if len(sources) == 1 and out.suffix.lower() in scans.EXTENSIONS and not out.is_dir():
+    others = [source for source in sources if source.suffix.lower() not in scans.EXTENSIONS]
+    if len(sources) > 1 and others:
+        raise ValueError(f"sources: expected one file, or LAS, LAZ and COPC files, got {others[0]} among others")
+    if len(sources) == 1 and _is_name_of_copy(out):
         return {sources[0]: out}
     copies = {source: out / filenames.copy_name(source, format) for source in sources}
     filenames.check_copies(copies)
@@ -219,8 +225,12 @@ def is_under_way(out: str | os.PathLike[str]) -> bool:
 
 def _manifest_path(out: Path) -> Path:
     """The manifest beside the copies in a folder, or beside the copy of one file."""
-    is_alone = out.suffix.lower() in scans.EXTENSIONS and not out.is_dir()
-    return out.with_suffix(".segment.json") if is_alone else out / MANIFEST
+    return out.with_suffix(".segment.json") if _is_name_of_copy(out) else out / MANIFEST
+
+
+def _is_name_of_copy(out: Path) -> bool:
+    """Whether it is the name of the copy of a single file, rather than that of a folder."""
+    return out.suffix.lower() in WRITERS and not out.is_dir()
 
 
 class _Run:
@@ -304,14 +314,18 @@ class _Run:
     def _open(self) -> None:
         for number, source in enumerate(self.copies):
             try:
-                scan = scans.opened(os.path.abspath(source))
+                data = self.model.settings.data
+                scan = scans.opened(os.path.abspath(source), data.columns)
                 check_projected(source, scan.reference)
                 if scan.low is None:
-                    scan = scans.measured(scan)
+                    is_named = data.label and name_index(scan.names, data.label) is not None
+                    scan = scans.measured(scan, data.label if is_named else None)
             except ReadError as error:
                 self.failed[number] = str(error)
             else:
                 self.scans[number] = scan
+                if scan.warning:
+                    warnings.warn(f"{source}: {scan.warning}", stacklevel=5)
         if not self.scans:
             raise ReadError(next(iter(self.failed.values())))
         if self.failed:
@@ -351,7 +365,8 @@ class _Run:
         if scan.is_copc:
             nodes = copc.nodes(scan)
             box = [*nodes.low[:, :2].min(axis=0).tolist(), *nodes.high[:, :2].max(axis=0).tolist()]
-        return Source(scan.path, scan.size, scan.modified, scan.num_points, os.path.abspath(copy), box)
+        return Source(scan.path, scan.size, scan.modified, scan.num_points, os.path.abspath(copy), box,
+                      scan.telling.hex())  # fmt: skip
 
     def _check_disk(self) -> None:
         """Say what disk is needed; an error if it is more than is free."""

@@ -1,4 +1,4 @@
-"""Points of LAS and LAZ files by their place: one pass sorts records into square cells, in files on disk.
+"""Points of files without an index by their place: one pass sorts records into square cells, in files on disk.
 
 A cell is a quarter of a block wide, so that few points beyond a box are read with it. Records stay as they are in the
 file, with their row in it, so nothing is rounded.
@@ -6,6 +6,7 @@ file, with their row in it, so nothing is rounded.
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -92,13 +93,14 @@ def _sort_file(scan, number, records_of, side, scale, memory, to_records, to_row
 def _sort_pieces(scan, number, side, scale, pieces, to_records, to_rows) -> np.ndarray:
     """Append the records of consecutive pieces to the files, by cell; the entries of the index."""
     first, records = pieces[0][0], np.concatenate([of_piece for _, of_piece in pieces])
-    points = scans.coordinates(scan, records)[:, :2] * np.asarray(scale[:2])
-    cells = np.floor(points / side)
-    if np.abs(cells).max() >= _MOST_CELLS:
+    points = scans.coordinates(scan, records)
+    used = np.flatnonzero(scans.are_points(points))
+    cells = np.floor(points[used, :2] * np.asarray(scale[:2]) / side)
+    if np.abs(cells).max(initial=0) >= _MOST_CELLS:
         width = CELLS_OF_BLOCK * side
         raise ReadError(f"{scan.path}: its points lie in more than 2**32 columns of blocks of {width:g}")
     order = np.lexsort((cells[:, 1], cells[:, 0]))  # stable: rows of a cell ascend
-    cells = cells[order]
+    cells, order = cells[order], used[order]
     starts = np.flatnonzero((np.diff(cells, axis=0, prepend=np.nan) != 0).any(axis=1))
     entries = np.empty(len(starts), _ENTRY)
     entries["x"], entries["y"] = cells[starts].T
@@ -117,8 +119,7 @@ class Tiles:
     index: np.ndarray
 
     def __init__(self, folder: Path) -> None:
-        self.index = np.load(folder / _INDEX)
-        self._records, self._rows = (_mapped(folder / name, dtype) for name, dtype in ((_RECORDS, "u1"), (_ROWS, ROW)))
+        self.index, self._folder = np.load(folder / _INDEX), folder
 
     def without(self, files: Iterable[int]) -> None:
         """Leave out the points of some files."""
@@ -131,24 +132,24 @@ class Tiles:
         return columns[(columns["y"] >= low[1]) & (columns["y"] <= high[1])]
 
     def read(self, entries: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows in the file, records) of entries of one file, which has records of this size."""
-        counts = entries["count"].astype(np.int64)
-        places = np.concatenate([[0], np.cumsum(counts)])
-        rows, records = np.empty(places[-1], np.int64), np.empty((places[-1], size), np.uint8)
-        for entry, begin, end in zip(entries, places[:-1], places[1:], strict=True):
-            at, row = int(entry["record"]), int(entry["row"])
-            records[begin:end] = self._records[at : at + (end - begin) * size].reshape(-1, size)
-            rows[begin:end] = self._rows[row : row + end - begin]
-            rows[begin:end] += entry["first"]
-        return rows, records
+        """(rows in the file, records) of entries of one file, which has records of this size.
+
+        The files are read, not mapped: pages of mapped files would count as memory of this process.
+        """
+        places = np.concatenate([[0], np.cumsum(entries["count"], dtype=np.int64)])
+        rows, records = np.empty(places[-1], ROW), np.empty((places[-1], size), np.uint8)
+        with (self._folder / _RECORDS).open("rb") as from_records, (self._folder / _ROWS).open("rb") as from_rows:
+            for entry, begin, end in zip(entries, places[:-1], places[1:], strict=True):
+                from_records.seek(int(entry["record"]))
+                from_rows.seek(ROW.itemsize * int(entry["row"]))
+                count = from_records.readinto(records[begin:end]) + from_rows.readinto(rows[begin:end])
+                if count != (end - begin) * (size + ROW.itemsize):
+                    raise OSError(errno.EIO, "is shorter than it was written", str(self._folder / _RECORDS))
+        return rows + np.repeat(entries["first"], entries["count"]), records
 
     def count(self) -> Count:
         """The number of points in each cell."""
         return summed(np.column_stack([self.index["x"], self.index["y"]]), self.index["count"])
-
-
-def _mapped(path: Path, dtype) -> np.ndarray:
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
 def summed(cells: np.ndarray, points: np.ndarray) -> Count:
