@@ -1148,13 +1148,11 @@ def _is_large(args: argparse.Namespace, scan: Scan) -> bool:
 def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Path], out: Path,
                     progress: Progress) -> dict[str, Any]:  # fmt: skip
     """Label a survey; what --json prints of it."""
-    from kpcore.io import scans
     from kpcore.picture import in_one_line
-    from kpcore.pipeline import filenames, tiled, voting
+    from kpcore.pipeline import tiled, voting
 
     args.resumable = lambda: tiled.is_under_way(out)
-    is_file = len(sources) == 1 and out.suffix.lower() in scans.EXTENSIONS and not out.is_dir()
-    copies = {os.path.abspath(one): out if is_file else out / filenames.copy_name(one, args.format) for one in sources}
+    copies = {os.path.abspath(one): copy for one, copy in tiled.copies_of(sources, out, args.format).items()}
 
     def watch(what: str, done: float, note: str) -> None:
         if what == "worker":

@@ -176,7 +176,7 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
     model = Model.load(path) if path else model
     if chosen_method(model)[0] != "blocks":
         raise ValueError("model: expected one that labels in blocks, got one with the feature local or with votes")
-    run = _Run(model, path, _copies(sources, out, format), Path(out), scratch, theme, say, watch)
+    run = _Run(model, path, copies_of(sources, out, format), Path(out), scratch, theme, say, watch)
     with _engine(workers, dask, client, executor, memory) as engine, run.refused():
         run.prepare(
             engine, memory=memory, resume=resume, keep=keep, into=into, confidence=confidence,
@@ -196,8 +196,8 @@ def _engine(workers: int, dask: str | None, client: Any, executor: Executor | No
     return engines.processes(checks.integer("workers", workers, 1)) if workers else engines.here()
 
 
-def _copies(sources: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str],
-            format: str | None) -> dict[Path, Path]:  # fmt: skip
+def copies_of(sources: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str],
+              format: str | None) -> dict[Path, Path]:  # fmt: skip
     """The copy of each source."""
     if format is not None:
         formats = scans.EXTENSIONS if len(sources) > 1 else [*WRITERS]
