@@ -1083,7 +1083,9 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
             if len(sources) == 1:
                 raise
             detail(error)
-    decision = surveys.decide(headers, args.together) if headers else surveys.Decision(False, "no file can be read")
+    if not headers:  # each is told with its reason
+        return None
+    decision = surveys.decide(headers, args.together)
     if len(sources) > 1:
         say(decision.reason)
     if not decision.together:
@@ -1092,7 +1094,7 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
         return None
     if (copies is None or headers[0].layout) and not asked and not _is_large(args, headers[0]):
         return None
-    with Progress("reading") as progress:
+    with Progress("reading", width=12) as progress:
         return _segment_survey(args, model, sources, args.out, progress)
 
 
@@ -1146,13 +1148,15 @@ def _is_large(args: argparse.Namespace, scan: Scan) -> bool:
 def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Path], out: Path,
                     progress: Progress) -> dict[str, Any]:  # fmt: skip
     """Label a survey; what --json prints of it."""
+    from kpcore.picture import in_one_line
     from kpcore.pipeline import tiled, voting
 
     args.resumable = lambda: tiled.is_under_way(out)
+    copies = {os.path.abspath(one): copy for one, copy in tiled.copies_of(sources, out, args.format).items()}
 
     def watch(what: str, done: float, note: str) -> None:
         if what == "worker":
-            detail(note)
+            detail(in_one_line(note))
         else:
             progress.to(done, what, note)
 
@@ -1161,8 +1165,10 @@ def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Pa
     options = {name: getattr(args, name) for name in names}
     try:
         with _ended_by_sigterm():
-            survey = tiled.segment_tiles(args.model, sources, out, workers=args.workers or 0, report=say, watch=watch,
-                                         **options)  # fmt: skip
+            survey = tiled.segment_tiles(
+                args.model, sources, out, workers=args.workers or 0, report=lambda line: say(in_one_line(line)),
+                watch=watch, **options,
+            )  # fmt: skip
     except ValueError as error:
         name, colon, rest = str(error).partition(":")
         name = "dask" if name == "cluster" else name
@@ -1175,12 +1181,13 @@ def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Pa
         files.append({"file": one.source, "out": one.out, "points": one.points, "counts": one.counts, "scores": scores,
                       "confusion": one.confusion, "notes": one.notes, "warnings": []})  # fmt: skip
         (detail if len(survey.files) > MOST_FILES_LISTED else say)(
-            f"{out / Path(one.out).name}: {counted(one.points, 'point')} labelled"
+            f"{in_one_line(str(copies[one.source]))}: {counted(one.points, 'point')} labelled"
         )
         for note in one.notes:
             detail(f"{one.source}: {note}")
     seconds = survey.seconds["all"]
-    say(f"{counted(len(files), 'file')}: {counted(sum(one.points for one in survey.files), 'point')}{_cost(survey)}",
+    say(f"{counted(len(files), 'file')}: {counted(sum(one.points for one in survey.files), 'point')}"
+        f"{_cost(survey, args.resume)}",
         *_lines(survey.counts), *survey.notes)  # fmt: skip
     if survey.scores is not None:
         say(_scores("compared with the labels in the files", survey.scores, model.settings.classifies))
@@ -1194,12 +1201,12 @@ def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Pa
     }  # fmt: skip
 
 
-def _cost(survey: Survey) -> str:
+def _cost(survey: Survey, is_resumed: bool) -> str:
     """Text after the number of points of a survey: what this run has labelled of them, time and memory."""
     if not survey.points:
         return ", all of which an earlier run has labelled"
     part = ""
-    if survey.points < sum(one.points for one in survey.files):
+    if is_resumed and survey.points < sum(one.points for one in survey.files):
         part = f", {survey.points:,} of them in this run,"
     seconds = survey.seconds["all"]
     return (f"{part} in {duration(seconds)}, {survey.points / max(seconds, 1e-9):,.0f} points/s, at most "

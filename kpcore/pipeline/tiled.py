@@ -176,7 +176,7 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
     model = Model.load(path) if path else model
     if chosen_method(model)[0] != "blocks":
         raise ValueError("model: expected one that labels in blocks, got one with the feature local or with votes")
-    run = _Run(model, path, _copies(sources, out, format), Path(out), scratch, theme, say, watch)
+    run = _Run(model, path, copies_of(sources, out, format), Path(out), scratch, theme, say, watch)
     with _engine(workers, dask, client, executor, memory) as engine, run.refused():
         run.prepare(
             engine, memory=memory, resume=resume, keep=keep, into=into, confidence=confidence,
@@ -196,8 +196,8 @@ def _engine(workers: int, dask: str | None, client: Any, executor: Executor | No
     return engines.processes(checks.integer("workers", workers, 1)) if workers else engines.here()
 
 
-def _copies(sources: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str],
-            format: str | None) -> dict[Path, Path]:  # fmt: skip
+def copies_of(sources: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str],
+              format: str | None) -> dict[Path, Path]:  # fmt: skip
     """The copy of each source."""
     if format is not None:
         formats = scans.EXTENSIONS if len(sources) > 1 else [*WRITERS]
@@ -719,7 +719,7 @@ class _Run:
     def _tell(self, outcome: Mapping[str, Any]) -> None:
         rate = self.points / max(1e-9, time.perf_counter() - self.started)
         files = counted(len(self.groups_of), "file")
-        note = f"{len(self.written):,} of {files}, {self.points:,} points, {rate:,.0f} points/s"
+        note = f"{len(self.written):,} of {files}, {self.points:,} points, {rate:,.0f}/s"
         self.watch("labelling", min(1.0, self.done_points / self.all_points), note)
         self.watch("worker", 0.0, f"{outcome['worker'][0]} process {outcome['worker'][1]}: {outcome['told']}")
 
@@ -830,7 +830,7 @@ def _work(folder: str, task: tuple[Any, ...]) -> dict[str, Any]:
         about = groups.label_group(job, *rest)
         reading = about.pop("reading")
         seconds = {"reading": reading, "labelling": time.perf_counter() - begin - reading}
-        told = f"{about['points']:,} points of group {number + 1:,}"
+        told = f"{counted(about['points'], 'point')} of group {number + 1:,}"
     else:
         about = merging.write_file(job, number, *rest)
         seconds = {"writing": time.perf_counter() - begin}
