@@ -236,10 +236,14 @@ def records(scan: Scan, names: Collection[str] | None = None) -> Iterator[tuple[
             path = Path(scan.path)
             of_file = LAYOUTS[path.suffix.lower()][1](path, scan.size, scan.layout, names)
         with closing(of_file), closing(las.ahead(of_file)) as blocks:
-            for block in blocks:
-                las.check_unchanged(file, scan.state)
-                yield first, block
-                first += len(block)
+            try:
+                for block in blocks:
+                    las.check_unchanged(file, scan.state)
+                    yield first, block
+                    first += len(block)
+            except ReadError:
+                las.check_unchanged(file, scan.state)  # rather than that it is damaged
+                raise
 
 
 def needed(scan: Scan, request: Request) -> set[str]:
