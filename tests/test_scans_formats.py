@@ -10,7 +10,7 @@ import pytest
 from files import POINTS, npy, npz, ply, structured
 
 from kpcore import io
-from kpcore.io import ReadError, formats, read, scans, write_labels
+from kpcore.io import ReadError, formats, layout, read, scans, write_labels
 from kpcore.io.cloud import Request, field_values
 
 RNG = np.random.default_rng(0)
@@ -153,6 +153,60 @@ def test_pieces_are_what_read_reads(path):
     check_same(path, fields=tuple(name for name in io.field_names(path) if name == "field"))
 
 
+ROWS, PLACE = 60, 37
+BYTES, ONES = 100.0 + np.arange(ROWS) % 3, np.ones(ROWS)
+SAME, ALL_BITS = np.full(ROWS, 9, np.uint8), np.full(ROWS, 2**32 - 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "others"),
+    [
+        ("red green blue", BYTES, [-1, 0.5, 300, 65_536, np.nan, np.inf, 1.5]),
+        ("red green blue", 0 * BYTES, [1, 0.5, -1, np.nan]),
+        ("red green blue", BYTES / 255, [1, 1.5, 2, 255, -0.1, np.nan]),
+        ("red green blue", BYTES.astype(np.int16), [-1, 256]),
+        ("rgb", np.full(ROWS, 0xFF000000, np.uint32), [0xFF000001]),
+        ("rgb", (np.arange(ROWS) % 3 << 24).astype(np.uint32), [1 << 24 | 1]),
+        ("rgb", np.full(ROWS, 70_000.0), [0.5, -1, np.nan, 2**33]),
+        ("label", ONES, [0.5, np.nan, 2.0**31, np.inf, 5, 2.0**32 - 1]),
+        ("label", 0 * ONES, [3, -1, np.nan]),
+        ("label", ONES * np.nan, [4, 0, 0.5]),
+        ("label", ALL_BITS.astype(np.uint32), [7, 0, 2**31]),
+        ("label", np.where(np.arange(ROWS) % 2, ALL_BITS, -1), [7, 3_000_000_000]),
+        ("label", np.select([np.arange(ROWS) % 3 == 0, np.arange(ROWS) % 3 == 1], [5, -1], ALL_BITS), [3_000_000_000]),
+        ("label class_id", np.arange(ROWS, dtype=np.uint8) % 5, [3]),
+        ("label class_id", SAME, [8]),
+        ("class_id label", SAME, [8]),
+    ],
+)
+def test_one_point_decides_for_all(names, values, others):
+    """Whatever point it is, any other points of the file are read as in the whole file."""
+    for other in [None, *others]:
+        for column in names.split():
+            kinds = [(name, values.dtype) for name in names.split()]
+            table = np.zeros(ROWS, [*((axis, "f4") for axis in "xyz"), *kinds])
+            for name in names.split():
+                table[name] = values
+            if other is not None:
+                table[column][PLACE] = other
+            records = table.view(np.uint8).reshape(ROWS, -1)
+            fields = layout.of_fields(ROWS, records.shape[1], layout.named(table.dtype))
+            telling = records[:0]
+            for begin in range(0, ROWS, 20):
+                block = layout.telling(fields.deciding, records[begin : begin + 20])
+                telling = layout.telling(fields.deciding, np.concatenate([telling, block]))
+            assert len(telling) < 20
+            whole = layout.content(fields, records, Request())
+            for rows in (slice(0, 3), slice(PLACE, PLACE + 1)):
+                part = layout.content(fields, np.concatenate([telling, records[rows]]), Request(is_part=True))
+                assert part.warning == whole.warning, (column, other)
+                for name in ("colors", "labels"):
+                    one, all_rows = getattr(part, name), getattr(whole, name)
+                    assert (one is None) == (all_rows is None), (column, other, name)
+                    if one is not None:
+                        np.testing.assert_array_equal(one[len(telling) :], all_rows[rows], err_msg=f"{column} {other}")
+
+
 def test_names_for_columns(tmp_path):
     """Those that do not fit are not used, as in the pipeline."""
     table = np.column_stack([XYZ, TRUTH, FIELD, *EIGHT.T])
@@ -183,6 +237,10 @@ def test_a_label_by_name(write):
     path = write("a.ply", FILES["two_labels.ply"])
     check_same(path, label="class_id")
     check_same(write("b.ply", FILES["single.ply"]), label="Label")
+    check_same(write("d.npz", npz(points=XYZ, Truth=MISSING, labels=TRUTH)), label="truth")
+    path = write("e.npz", npz(points=XYZ, Truth=NOT))
+    with pytest.raises(ReadError, match=r"e\.npz: field truth holds 0\.5, which is not a label"):
+        scans.measured(scans.opened(path), "truth")
     path = write("c.ply", FILES["no_labels.ply"])
     reason = r"c\.ply: field label holds 0\.5, which is not a label: expected 32-bit whole numbers$"
     with pytest.raises(ReadError, match=reason):
@@ -195,6 +253,8 @@ def test_a_scan_that_is_not_measured_decides_nothing(write):
     scan = scans.opened(write("a.ply", FILES["little.ply"]))
     with pytest.raises(ValueError, match=r"scan: expected one of `measured` for .*a\.ply, got one of `opened`"):
         scans.decoded(scan, scan.no_records, Request())
+    with pytest.raises(ValueError, match="got one of `opened`"):
+        scan.has_colors  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -316,6 +376,10 @@ def test_every_other_byte_is_kept(write):
         assert other.namelist() == [*one.namelist(), "truth.npy"]
         assert all(one.read(name) == other.read(name) for name in one.namelist())
     assert np.load(path.with_name("b.npz"))["truth"].tolist() == [77, 0] * (NUM // 2)
+    path = write("c.npz", FILES["axes.npz"])
+    formats.write_pieces(formats.label_field(path, path.with_name("d.npz"), NUM), path, path.with_name("d.npz"), pieces)
+    expected = np.where(np.arange(NUM)[:, None] % 2 == 0, 77, TRUTH[:, None])
+    np.testing.assert_array_equal(np.load(path.with_name("d.npz"))["classes"], expected, strict=True)
 
 
 def test_what_is_not_written_in_pieces(write):

@@ -90,6 +90,8 @@ def test_labels_are_those_of_the_whole_file(folder, tmp_path, monkeypatch, model
     assert survey.counts == dict(zip(Model.load(path).classes, whole.counts.tolist(), strict=True))
     np.testing.assert_equal(survey.scores, whole.scores)
     assert [*survey.notes, *survey.files[0].notes] == whole.labelled.notes
+    if "unclassified" in options:
+        assert 0 in io.read(tmp_path / out, label="truth").labels  # 1 is for LAS
     assert sorted(one.name for one in tmp_path.iterdir()) == sorted([out, "out.segment.json", f"whole_{out}"])
 
 

@@ -93,18 +93,19 @@ def is_number(dimension: Dimension) -> bool:
 def telling(dimensions: Iterable[Dimension], records: np.ndarray) -> np.ndarray:
     """The records that decide for all of these what `kpcore.io.cloud` makes of dimensions.
 
-    They are for each dimension the smallest and the largest value, NaN, a fraction, what is not 0, what is no label,
-    and a label other than that of points without one. Those of several blocks together decide for all blocks.
+    They are for each dimension the smallest and the largest value, NaN, what is no label, such as a fraction, a label
+    other than that of points without one and other than in the first dimension, and packed colours other than black.
+    Those of several blocks together decide for all blocks.
     """
     rows: set[int] = {0}
     first = None
     for dimension in dimensions:
         values = dimension.read(records)
         labels, valid = checked_labels(values)
-        masks = [values != 0, labels != 0, labels != -1, ~valid]
+        masks = [labels != -1, ~valid]
         if values.dtype.kind == "f":
             is_nan = np.isnan(values)
-            masks += [is_nan, values != np.floor(values)]
+            masks.append(is_nan)
             low, high = np.where(is_nan, np.inf, values), np.where(is_nan, -np.inf, values)
         else:
             low = high = values

@@ -162,17 +162,14 @@ def measured(scan: Scan, label: str | None = None) -> Scan:
 
 def _measured_other(scan: Scan, label: str | None) -> Scan:
     low, high, kept, num = np.full(3, np.inf), np.full(3, -np.inf), scan.no_records, 0
-    deciding = scan.layout.deciding
-    if label is not None:
-        deciding += tuple(one for one in [scan.dimensions[name_index(scan.names, label)]] if layout.is_number(one))
-    for _, block in records(scan, {label} - {None}):
+    labels = [] if label is None else [scan.dimensions[name_index(scan.names, label)]]
+    deciding = (*scan.layout.deciding, *filter(layout.is_number, labels))
+    for _, block in records(scan, {one.name for one in labels}):
         points = coordinates(scan, block)
         points = points[are_points(points)]
         num += len(points)
-        low, high = (
-            np.minimum(low, points.min(axis=0, initial=np.inf)),
-            np.maximum(high, points.max(axis=0, initial=-np.inf)),
-        )
+        low = np.minimum(low, points.min(axis=0, initial=np.inf))
+        high = np.maximum(high, points.max(axis=0, initial=-np.inf))
         kept = layout.telling(deciding, np.concatenate([kept, layout.telling(deciding, block)]))
     if not (low <= high).all():
         raise ReadError(
@@ -193,6 +190,8 @@ def are_points(points: np.ndarray) -> np.ndarray:
 
 def _content(scan: Scan, records: np.ndarray, request: Request) -> tuple[Content, int]:
     """(what the reader of the format makes of the records that decide and of others, the number of the first)."""
+    if not scan.telling:
+        raise ValueError(f"scan: expected one of `measured` for {scan.path}, got one of `opened`")
     telling = np.frombuffer(scan.telling, np.uint8).reshape(-1, scan.record_size)
     request = request._replace(columns=scan.columns, is_part=True)
     whole = np.concatenate([telling, records])
@@ -236,10 +235,14 @@ def records(scan: Scan, names: Collection[str] | None = None) -> Iterator[tuple[
             path = Path(scan.path)
             of_file = LAYOUTS[path.suffix.lower()][1](path, scan.size, scan.layout, names)
         with closing(of_file), closing(las.ahead(of_file)) as blocks:
-            for block in blocks:
-                las.check_unchanged(file, scan.state)
-                yield first, block
-                first += len(block)
+            try:
+                for block in blocks:
+                    las.check_unchanged(file, scan.state)
+                    yield first, block
+                    first += len(block)
+            except ReadError:
+                las.check_unchanged(file, scan.state)  # rather than that it is damaged
+                raise
 
 
 def needed(scan: Scan, request: Request) -> set[str]:
@@ -298,8 +301,6 @@ def decoded(scan: Scan, records: np.ndarray, request: Request, wide_colors: bool
 
 
 def _decoded_other(scan: Scan, records: np.ndarray, request: Request, has_colors: bool) -> Content:
-    if not scan.telling:
-        raise ValueError(f"scan: expected one of `measured` for {scan.path}, got one of `opened`")
     with errors_name(scan.path):
         content, first = _content(scan, records, request)
     return content._replace(

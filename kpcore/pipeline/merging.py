@@ -99,7 +99,7 @@ def write_file(job: Job, number: int, cells: Sequence[Cells], made_of: str) -> d
     source, options, model, scan = job.files[number], job.options, job.model, job.scan(number)
     groups.check_unchanged(job, number)
     results, rules = Results(job, number, cells), job.rules
-    request, num_classes = Request(label=job.label(scan), ignore=tuple(options.ignore)), model.net.num_classes
+    request, num_classes = Request(label=job.label(scan)), model.net.num_classes
     counts, matrix = np.zeros(num_classes, np.int64), np.zeros((num_classes, num_classes), np.int64)
     notes = {"ignored": 0, "stays": 0, "unclassified": 0}
     has_labels = False
