@@ -557,6 +557,11 @@ def parser() -> argparse.ArgumentParser:
         "--separate", dest="together", action="store_false", help="label each file by itself, without its neighbours"
     )
     segment.add_argument(
+        "--around", type=_path, nargs="+", metavar="FILE",
+        help="further files, folders or patterns of the survey, which the network sees beside FILE and which are not "
+        "labelled",
+    )  # fmt: skip
+    segment.add_argument(
         "--memory", type=_bytes, metavar="SIZE",
         help="memory for this process and its workers, such as 8GB (default: half of what is free); files that need "
         "more are labelled in parts, with the same result",
@@ -1061,13 +1066,14 @@ def _segment(args: argparse.Namespace) -> dict[str, Any]:
 def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | None) -> dict[str, Any] | None:
     """Label LAS, LAZ and COPC files as one survey; None if each is to be labelled by itself."""
     from kpcore.io import ReadError, scans
-    from kpcore.pipeline import surveys
+    from kpcore.pipeline import filenames, surveys
 
     sources = args.files if copies is None else [*copies]
     asked = [
-        f"--{name}" for name in ("together", "workers", "dask", "probabilities", "scratch")
+        f"--{name}" for name in ("around", "together", "workers", "dask", "probabilities", "scratch")
         if getattr(args, name) not in (None, False)
     ]  # fmt: skip
+    args.around = [Path(name) for pattern in args.around or () for name in filenames.matching(pattern)]
     if why_not := _why_no_survey(args, model, sources):
         if asked:
             raise Refused(f"{asked[0]}: only valid for a survey, or a scan that is labelled in parts: {why_not}")
@@ -1075,18 +1081,18 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
             say(f"each of the {len(sources):,} files is labelled by itself: {why_not}")
         return None
     headers = []
-    for source in sources:
+    for source in (*sources, *args.around):
         try:
             scan = scans.opened(source)
             headers.append(scan if scan.low or scan.layout else scans.measured(scan))
         except ReadError as error:  # told at the end
-            if len(sources) == 1:
+            if len(sources) == 1 and source in sources:
                 raise
             detail(error)
     if not headers:  # each is told with its reason
         return None
     decision = surveys.decide(headers, args.together)
-    if len(sources) > 1:
+    if len(headers) > 1:
         say(decision.reason)
     if not decision.together:
         if asked:
@@ -1160,7 +1166,7 @@ def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Pa
         else:
             progress.to(done, what, note)
 
-    names = ("memory", "scratch", "resume", "dask", "format", "keep", "into", "confidence", "unclassified",
+    names = ("around", "memory", "scratch", "resume", "dask", "format", "keep", "into", "confidence", "unclassified",
              "probabilities", "ignore", "scale", "theme")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     try:

@@ -272,3 +272,20 @@ def test_points_of_several_files():
     other = groups.same_points(points[order], identity[order], files[order], {"intensity": intensity[order]})
     same = intensity[order][other]
     np.testing.assert_array_equal(same, intensity[first][order])
+
+
+def test_files_around_are_input_alone(folder, tmp_path, small_groups):
+    """A tile that is labelled with its neighbours has the labels that it has in the survey; without them it has not."""
+    tiles = sorted((folder / "four").iterdir())
+    label(folder, "four", tmp_path / "all")
+    tiled.segment_tiles(folder / "model.safetensors", tiles[:1], tmp_path / "one", around=tiles[1:], confidence=True)
+    assert [*digests(tmp_path / "one")] == [tiles[0].name]
+    assert digests(tmp_path / "one").items() <= digests(tmp_path / "all").items()
+    tiled.segment_tiles(folder / "model.safetensors", tiles[:1], tmp_path / "alone", confidence=True)
+    assert digests(tmp_path / "alone") != digests(tmp_path / "one")
+    lines = []
+    again = {"around": tiles[1:], "confidence": True, "resume": True, "report": lines.append}
+    tiled.segment_tiles(folder / "model.safetensors", tiles[:1], tmp_path / "one", **again)
+    assert lines == ["the 1 file is done already"]
+    with pytest.raises(ValueError, match=r"around: expected .* each once, got"):
+        tiled.segment_tiles(folder / "model.safetensors", tiles, tmp_path / "two", around=tiles[1:])

@@ -53,7 +53,7 @@ class Source:
     size: int
     modified: int  #: in nanoseconds
     points: int
-    out: str  #: the labelled copy
+    out: str  #: the labelled copy; empty for a file that is input alone
     box: list[float] | None = None  #: (x, y) low, (x, y) high of a COPC, in its unit; None for a file without an index
     telling: str = ""  #: `scans.Scan.telling` in hexadecimal digits
 
@@ -117,9 +117,14 @@ class Job:
     @functools.cached_property
     def store(self) -> ProbabilityStore:
         """Where the probabilities of all classes are written."""
-        paths = [source.path for source in self.files]
+        paths = self.labelled_paths
         return ProbabilityStore(Path(self.options.probabilities), self.model.classes,
                                 dict(zip(paths, array_names(paths), strict=True)))  # fmt: skip
+
+    @property
+    def labelled_paths(self) -> list[str]:
+        """The files of which copies are written."""
+        return [source.path for source in self.files if source.out]
 
     @property
     def rules(self) -> Rules:

@@ -90,7 +90,8 @@ class Survey(NamedTuple):
 
 
 def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str | os.PathLike[str]],
-                  out: str | os.PathLike[str], *, memory: int | None = None,
+                  out: str | os.PathLike[str], *, around: Sequence[str | os.PathLike[str]] = (),
+                  memory: int | None = None,
                   scratch: str | os.PathLike[str] | None = None, resume: bool = False, workers: int = 0,
                   dask: str | None = None, client: Any = None, executor: Executor | None = None,
                   format: str | None = None, keep: Sequence[int] = (), into: str | None = None,
@@ -113,6 +114,8 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
         A folder for the copies, with the names of the files; a COPC becomes a plain LAZ. Also ``summary.json``, and
         ``overview.png`` if matplotlib is installed. For one file also the name of its copy, with an extension; see
         `kpcore.io.formats.why_no_pieces` for those that there can be.
+    around : sequence of path
+        Further files of the survey, of which the points near `sources` are in the input, and which are not labelled.
     memory : int, optional
         Bytes that this process and its workers may take; half of what is free by default. It decides how many blocks
         are read together, not the result.
@@ -176,7 +179,12 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
     model = Model.load(path) if path else model
     if chosen_method(model)[0] != "blocks":
         raise ValueError("model: expected one that labels in blocks, got one with the feature local or with votes")
-    run = _Run(model, path, copies_of(sources, out, format), Path(out), scratch, theme, say, watch)
+    copies: dict[Path, Path | None] = {**copies_of(sources, out, format)}
+    for other in map(Path, around):
+        if other in copies or other.suffix.lower() not in scans.EXTENSIONS:
+            raise ValueError(f"around: expected LAS, LAZ and COPC files besides sources, each once, got {other}")
+        copies[other] = None
+    run = _Run(model, path, copies, Path(out), scratch, theme, say, watch)
     with _engine(workers, dask, client, executor, memory) as engine, run.refused():
         run.prepare(
             engine, memory=memory, resume=resume, keep=keep, into=into, confidence=confidence,
@@ -236,7 +244,7 @@ def _is_name_of_copy(out: Path) -> bool:
 class _Run:
     """A survey from the headers of its files to its summary."""
 
-    def __init__(self, model: Model, model_path: Path | None, copies: Mapping[Path, Path], out: Path,
+    def __init__(self, model: Model, model_path: Path | None, copies: Mapping[Path, Path | None], out: Path,
                  scratch: str | os.PathLike[str] | None, theme: str, say: Callable[[str], object],
                  watch: Callable[[str, float, str], object] | None) -> None:  # fmt: skip
         self.model, self.model_path, self.copies, self.theme, self.say = model, model_path, copies, theme, say
@@ -291,19 +299,21 @@ class _Run:
         )  # fmt: skip
         self.instruction_set = engines.common_instruction_set(engine.machines())
         self.files = [self._source(number, source, copy) for number, (source, copy) in enumerate(self.copies.items())]
-        low = np.min([scan.low for scan in opened], axis=0) * factors
-        high = np.max([scan.high for scan in opened], axis=0) * factors
+        shown = [scan for number, scan in self.scans.items() if self.files[number].out] or opened
+        low = np.min([scan.low for scan in shown], axis=0) * factors
+        high = np.max([scan.high for scan in shown], axis=0) * factors
         self.job = Job(self.folder, self.files, options, low[:2].tolist(), high[:2].tolist())
         self.out.mkdir(parents=True, exist_ok=True)
         earlier = self._earlier(options) if resume else None
         self.earlier = earlier or {}
         if self._is_complete():
-            number = len(self.files)
+            number = len(self.written)
             self.say(f"the {counted(number, 'file')} {'are' if number > 1 else 'is'} done already")
             return
         self._make_folder(earlier)
         for number in self.scans:
-            merging.field_of(self.job, number)
+            if self.files[number].out:
+                merging.field_of(self.job, number)
         self._check_disk()
         if not self._has_cells(earlier):
             self._sort(engine, memory)
@@ -358,15 +368,14 @@ class _Run:
             raise ReadError(next(iter(self.failed.values())))
         return [name for name, _ in fields]
 
-    def _source(self, number: int, source: Path, copy: Path) -> Source:
-        scan, box = self.scans.get(number), None
+    def _source(self, number: int, source: Path, copy: Path | None) -> Source:
+        scan, box, out = self.scans.get(number), None, os.path.abspath(copy) if copy else ""
         if scan is None:
-            return Source(os.path.abspath(source), 0, 0, 0, os.path.abspath(copy))
+            return Source(os.path.abspath(source), 0, 0, 0, out)
         if scan.is_copc:
             nodes = copc.nodes(scan)
             box = [*nodes.low[:, :2].min(axis=0).tolist(), *nodes.high[:, :2].max(axis=0).tolist()]
-        return Source(scan.path, scan.size, scan.modified, scan.num_points, os.path.abspath(copy), box,
-                      scan.telling.hex())  # fmt: skip
+        return Source(scan.path, scan.size, scan.modified, scan.num_points, out, box, scan.telling.hex())
 
     def _check_disk(self) -> None:
         """Say what disk is needed; an error if it is more than is free."""
@@ -375,7 +384,7 @@ class _Run:
         points, classes = sum(scan.num_points for scan in self.scans.values()), self.model.net.num_classes
         per_point = 12 + 4 * classes * (0.4 if self.model.block_size.lattices > 1 else 0)
         scratch = tiles.bytes_on_disk(plain) + int(points * per_point)
-        copies = sum(scan.size + 5 * scan.num_points for scan in self.scans.values())
+        copies = sum(scan.size + 5 * scan.num_points for number, scan in self.scans.items() if self.files[number].out)
         for folder, number, what in ((self.folder, scratch, "points and results until the end"),
                                      (self.out, copies, "labelled files")):  # fmt: skip
             self.say(f"disk: some {_bytes(number)} for {what}, in {folder}")
@@ -429,14 +438,18 @@ class _Run:
 
     def _is_complete(self) -> bool:
         """Whether an earlier run has labelled these files, and the copies are there."""
-        done = self.earlier.get("files", {})
-        self.is_complete = self.earlier.get("state") == "done" and {*done} == {source.key for source in self.files}
-        self.is_complete &= all(_size(source.out) == done[source.key]["size"] for source in self.files
+        done, wanted = self.earlier.get("files", {}), [source for source in self.files if source.out]
+        self.is_complete = self.earlier.get("state") == "done" and {*done} == {source.key for source in wanted}
+        self.is_complete &= self.earlier.get("around") == self._around()
+        self.is_complete &= all(_size(source.out) == done[source.key]["size"] for source in wanted
                                 if source.key in done)  # fmt: skip
         if self.is_complete:
-            self.written = {number: done[source.key] for number, source in enumerate(self.files)}
+            self.written = {number: done[source.key] for number, source in enumerate(self.files) if source.out}
             self.abouts, self.groups = {}, []
         return self.is_complete
+
+    def _around(self) -> list[str]:
+        return [source.key for source in self.files if not source.out]
 
     def _make_folder(self, earlier: dict[str, Any] | None) -> None:
         if not earlier and self.folder.exists():
@@ -453,7 +466,7 @@ class _Run:
             nn.save(self.job.model_path, model.net, model.params, model.state, **model.about())
         if probabilities := self.job.options.probabilities:
             labels = self.model.label_values.tolist()
-            create_store(probabilities, [source.path for source in self.files], self.model.classes, labels,
+            create_store(probabilities, self.job.labelled_paths, self.model.classes, labels,
                          model=self._model_hash(), resume=bool(earlier))  # fmt: skip
 
     def _lock(self) -> None:
@@ -599,10 +612,13 @@ class _Run:
             low, high = groups.box_of(cells, size.side, lattices)
             self.touches.append(groups.files_in(job, low, high, self.failed))
             self.reads.append(groups.files_in(job, low - margin, high + margin, self.failed))
-        self.groups_of: dict[int, list[int]] = {number: [] for number in self.scans if number not in self.failed}
+        self.groups_of: dict[int, list[int]] = {
+            number: [] for number in self.scans if number not in self.failed and self.files[number].out
+        }
         for group, numbers in enumerate(self.touches):
             for number in numbers:
-                self.groups_of[number].append(group)
+                if number in self.groups_of:
+                    self.groups_of[number].append(group)
         self.inputs = [self._inputs(group) for group in range(len(self.groups))]
         job.save()
         self.written = {number: about for number in self.groups_of if (about := self._already_written(number))}
@@ -763,7 +779,9 @@ class _Run:
         survey = survey._replace(peak_memory=sum(peaks.values()))
         self._write_summary(survey)
         abouts = {self.files[number].key: about for number, about in self.written.items()}
-        self._write_manifest({"state": "incomplete" if failed else "done", "failed": failed, "files": abouts})
+        self._write_manifest(
+            {"state": "incomplete" if failed else "done", "failed": failed, "files": abouts, "around": self._around()}
+        )
         if failed:
             self.say(f"{self.folder} is kept for --resume")
         else:
