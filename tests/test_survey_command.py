@@ -81,8 +81,8 @@ def test_one_of_each(survey, tmp_path):
 @pytest.mark.parametrize(("damage", "reason"), [
     (lambda content: content[: len(content) // 2], "truncated"),
     (lambda content: content[:1500] + bytes(200) + content[1700:], "damaged"),
-    (lambda content: b"", "is empty"),
-    (lambda content: b"no points but words " * 50, "is not a LAS file"),
+    pytest.param(lambda content: b"", "is empty", marks=pytest.mark.slow),
+    pytest.param(lambda content: b"no points but words " * 50, "is not a LAS file", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_damaged_tile(survey, tiles, tmp_path, damage, reason):
     bad, content = tiles[1], tiles[1].read_bytes()
@@ -99,7 +99,9 @@ def test_a_damaged_tile(survey, tiles, tmp_path, damage, reason):
     assert digests(tmp_path / "out") == digests(survey / "expected")
 
 
-@pytest.mark.parametrize("change", ["gone", "another", "touched"])
+@pytest.mark.parametrize("change", [
+    pytest.param("gone", marks=pytest.mark.slow), "another", pytest.param("touched", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_tile_that_changes_while_it_is_labelled(survey, tiles, tmp_path, monkeypatch, change):
     tile, content, label_group = tiles[2], tiles[2].read_bytes(), groups.label_group
 
