@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
@@ -44,8 +45,8 @@ class Results:
         self.lattices, self.num_classes = job.options.lattices, job.model.net.num_classes
         self.keeps_probabilities, self._parts, self.close = job.options.probabilities is not None, [], 0
         for one in cells:
-            of_group, _ = checkpoints.read(groups.result_path(job, one), mapped=True)
-            if (of_file := of_group.get(str(number))) is not None:
+            path = groups.result_path(job, one)
+            if (of_file := _of_group(str(path), os.stat(path).st_mtime_ns).get(str(number))) is not None:
                 self._parts.append(of_file)
                 self.close += int(of_file["close"][0])
 
@@ -75,6 +76,17 @@ class Results:
             if total is not None:
                 total[rows] = shares
         return Labels(classes, confidence, total)
+
+
+@functools.lru_cache(maxsize=16)
+def _of_group(path: str, modified: int) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of a group by file, kept for the next files: the header lists all files of a group."""
+    return checkpoints.read(path, mapped=True)[0]
+
+
+def close_results() -> None:
+    """Close the results that are open in this process."""
+    _of_group.cache_clear()
 
 
 def field_of(job: Job, number: int) -> LabelField:

@@ -782,6 +782,7 @@ class _Run:
         self._write_manifest(
             {"state": "incomplete" if failed else "done", "failed": failed, "files": abouts, "around": self._around()}
         )
+        merging.close_results()
         if failed:
             self.say(f"{self.folder} is kept for --resume")
         else:
