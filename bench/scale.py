@@ -285,7 +285,10 @@ def workers(bench):
         return
     files = survey(bench, bench.sizes["workers"])
     for name, option in (("Dask worker", "--dask"), ("process", "--workers")):
-        runs = [segment(bench, files, option, f"local:{number}" if option == "--dask" else number) for number in (1, 2)]
+        runs = [
+            segment(bench, files, option, f"local:{number}" if option == "--dask" else number, "--threads", number)
+            for number in (1, 2)
+        ]
         bench.label("", f"{runs[0].summary['points']:,}")
         theirs, ours = (times([run]) for run in runs)
         plural = f"two {name}es" if name == "process" else f"two {name}s"

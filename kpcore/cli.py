@@ -28,6 +28,7 @@ from kpcore.console import (
     Progress,
     Refused,
     classes_in_mean,
+    counted,
     detail,
     duration,
     make_folder,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from kpcore.pipeline.model import Model
     from kpcore.pipeline.segmentation import Segmented
     from kpcore.pipeline.settings import Settings
+    from kpcore.pipeline.tiled import Survey
     from kpcore.pipeline.voting import Scores
 
 
@@ -63,7 +65,8 @@ DONE, FAULT, REFUSED, FAILED, NOT_TRUSTED, INTERRUPTED, TERMINATED = 0, 1, 2, 3,
 EXIT_CODES = {
     DONE: "done",
     FAULT: "an error in kpcore itself, please report it",
-    REFUSED: "the options or the input were refused, or could not be read or written; nothing is done",
+    REFUSED: "the options or the input were refused, or could not be read or written; nothing is done, or what is done "
+    "is kept for --resume, which a line says then",
     FAILED: "some files failed and are listed, the others are done",
     NOT_TRUSTED: "done, but with --strict: there were warnings that the result may not be trusted",
     INTERRUPTED: "interrupted by Ctrl-C (143: by SIGTERM)",
@@ -105,8 +108,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> tuple[int, dict[str,
         raise
     except KeyboardInterrupt as error:
         if args.resumable and args.resumable():
-            resumed = words if "--resume" in words else [*words, "--resume"]
-            _print_error(f"interrupted; resume with: {shlex.join(['kpcore', *resumed])}")
+            _print_error(f"interrupted; resume with: {_resuming(words)}")
         elif args.command in ("train", "segment"):
             _print_error("interrupted; there is nothing to resume")
         code = TERMINATED if isinstance(error, _Terminated) else INTERRUPTED
@@ -116,6 +118,8 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> tuple[int, dict[str,
         if isinstance(error, MemoryError):
             reason = f"not enough memory for {' '.join(words)}{f': {error}' if str(error) else ''}"
         _print_error(reason)
+        if args.command == "segment" and not isinstance(error, ValueError) and args.resumable and args.resumable():
+            _print_error(f"what is done is kept; resume with: {_resuming(words)}")
         return REFUSED if isinstance(error, _refusals()) else FAULT, {"error": reason}
     failed = results.get("failed", [])
     for one in failed:
@@ -128,6 +132,11 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> tuple[int, dict[str,
     return NOT_TRUSTED if getattr(args, "strict", False) and args.warned.is_not_trusted else DONE, results
 
 
+def _resuming(words: Sequence[str]) -> str:
+    """The command that resumes the one with these words."""
+    return shlex.join(["kpcore", *words, *([] if "--resume" in words else ["--resume"])])
+
+
 def _refusals() -> tuple[type[Exception], ...]:
     """Types of the exceptions that are no error in kpcore, which raises a ValueError for any invalid input."""
     from kpcore.pipeline.training import NotFinite
@@ -137,6 +146,8 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 def _reason(error: BaseException) -> str:
     """What an exception says, for one line."""
+    if isinstance(error, ConnectionError) and error.errno is None:  # to a scheduler: it says all
+        return str(error)
     if isinstance(error, OSError):
         return f"{error.filename or 'standard output'}: {error.strerror or error}"
     if isinstance(error, MemoryError):
@@ -275,7 +286,10 @@ def _fraction(text: str) -> float:
 
 def _up_to(largest: int, smallest: int = 1) -> Callable[[str], int]:
     def number(text: str) -> int:
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {smallest} to {largest}, got {text!r}") from None
         if not smallest <= value <= largest:
             raise argparse.ArgumentTypeError(f"expected {smallest} to {largest}, got {text}")
         return value
@@ -1050,7 +1064,10 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
     from kpcore.pipeline import surveys
 
     sources = args.files if copies is None else [*copies]
-    asked = [f"--{name}" for name in ("together", "workers", "dask", "probabilities", "scratch") if getattr(args, name)]
+    asked = [
+        f"--{name}" for name in ("together", "workers", "dask", "probabilities", "scratch")
+        if getattr(args, name) not in (None, False)
+    ]  # fmt: skip
     if why_not := _why_no_survey(args, model, sources):
         if asked:
             raise Refused(f"{asked[0]}: only valid for a survey, or a scan that is labelled in parts: {why_not}")
@@ -1066,7 +1083,9 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
             if len(sources) == 1:
                 raise
             detail(error)
-    decision = surveys.decide(headers, args.together) if headers else surveys.Decision(False, "no file can be read")
+    if not headers:  # each is told with its reason
+        return None
+    decision = surveys.decide(headers, args.together)
     if len(sources) > 1:
         say(decision.reason)
     if not decision.together:
@@ -1075,7 +1094,7 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
         return None
     if (copies is None or headers[0].layout) and not asked and not _is_large(args, headers[0]):
         return None
-    with Progress("reading") as progress:
+    with Progress("reading", width=12) as progress:
         return _segment_survey(args, model, sources, args.out, progress)
 
 
@@ -1129,33 +1148,46 @@ def _is_large(args: argparse.Namespace, scan: Scan) -> bool:
 def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Path], out: Path,
                     progress: Progress) -> dict[str, Any]:  # fmt: skip
     """Label a survey; what --json prints of it."""
-    from kpcore.pipeline import voting
-    from kpcore.pipeline.tiled import segment_tiles
+    from kpcore.picture import in_one_line
+    from kpcore.pipeline import tiled, voting
 
-    args.resumable = lambda: True
+    args.resumable = lambda: tiled.is_under_way(out)
+    copies = {os.path.abspath(one): copy for one, copy in tiled.copies_of(sources, out, args.format).items()}
 
     def watch(what: str, done: float, note: str) -> None:
         if what == "worker":
-            detail(note)
+            detail(in_one_line(note))
         else:
             progress.to(done, what, note)
 
     names = ("memory", "scratch", "resume", "dask", "format", "keep", "into", "confidence", "unclassified",
              "probabilities", "ignore", "scale", "theme")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
-    with _ended_by_sigterm():
-        survey = segment_tiles(args.model, sources, out, workers=args.workers or 0, report=say, watch=watch, **options)
+    try:
+        with _ended_by_sigterm():
+            survey = tiled.segment_tiles(
+                args.model, sources, out, workers=args.workers or 0, report=lambda line: say(in_one_line(line)),
+                watch=watch, **options,
+            )  # fmt: skip
+    except ValueError as error:
+        name, colon, rest = str(error).partition(":")
+        name = "dask" if name == "cluster" else name
+        if colon and name in (*names, "out", "workers"):
+            raise Refused(f"--{name}:{rest}") from None
+        raise
     files = []
     for one in survey.files:
         scores = None if one.confusion is None else voting.scores(one.confusion, model.settings.names)
         files.append({"file": one.source, "out": one.out, "points": one.points, "counts": one.counts, "scores": scores,
                       "confusion": one.confusion, "notes": one.notes, "warnings": []})  # fmt: skip
-        (detail if len(survey.files) > MOST_FILES_LISTED else say)(f"{one.out}: {one.points:,} points labelled")
+        (detail if len(survey.files) > MOST_FILES_LISTED else say)(
+            f"{in_one_line(str(copies[one.source]))}: {counted(one.points, 'point')} labelled"
+        )
         for note in one.notes:
             detail(f"{one.source}: {note}")
     seconds = survey.seconds["all"]
-    say(f"{len(files):,} files: {sum(one.points for one in survey.files):,} points in {duration(seconds)}, "
-        f"{survey.points / max(seconds, 1e-9):,.0f} points/s, at most {survey.peak_memory / 2**30:.2g} GiB",
+    say(f"{counted(len(files), 'file')}: {counted(sum(one.points for one in survey.files), 'point')}"
+        f"{_cost(survey, args.resume)}",
         *_lines(survey.counts), *survey.notes)  # fmt: skip
     if survey.scores is not None:
         say(_scores("compared with the labels in the files", survey.scores, model.settings.classifies))
@@ -1167,6 +1199,18 @@ def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Pa
         "points_per_second": survey.points / max(seconds, 1e-9), "peak_memory": survey.peak_memory,
         "groups": survey.groups, "close": survey.close, "notes": survey.notes,
     }  # fmt: skip
+
+
+def _cost(survey: Survey, is_resumed: bool) -> str:
+    """Text after the number of points of a survey: what this run has labelled of them, time and memory."""
+    if not survey.points:
+        return ", all of which an earlier run has labelled"
+    part = ""
+    if is_resumed and survey.points < sum(one.points for one in survey.files):
+        part = f", {survey.points:,} of them in this run,"
+    seconds = survey.seconds["all"]
+    return (f"{part} in {duration(seconds)}, {survey.points / max(seconds, 1e-9):,.0f} points/s, at most "
+            f"{survey.peak_memory / 2**30:.2g} GiB of memory")  # fmt: skip
 
 
 def _copies(args: argparse.Namespace) -> dict[Path, Path] | None:

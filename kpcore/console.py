@@ -8,6 +8,7 @@ as `kpcore.cli` then prints one object.
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     from kpcore.pipeline.voting import Scores
 
 SECONDS_BETWEEN_LINES = 60.0  # of progress, where no terminal shows a bar
-_BAR = {"leave": False, "ncols": 110, "nrows": 24, "unit": " steps"}
-_WITH_RATE = "{desc:26}{bar:30}{percentage:4.0f} %  {rate_fmt}  {elapsed}<{remaining}{postfix}"
-_WITHOUT_RATE = "{desc:26}{bar:30}{percentage:4.0f} %  {elapsed}<{remaining}{postfix}"
+_BAR = {"leave": False, "nrows": 24, "unit": " steps"}
+_COLUMNS = (110, 140)  # of a bar, if the terminal does not say how many it has, and at most
+_WITH_RATE = "{desc:WIDTH}{bar:30}{percentage:4.0f} %  {rate_fmt}  {elapsed}<{remaining}{postfix}"
+_WITHOUT_RATE = "{desc:WIDTH}{bar:30}{percentage:4.0f} %  {elapsed}<{remaining}{postfix}"
 
 
 class Refused(ValueError):
@@ -92,18 +94,24 @@ class Progress:
         What was done before, by a run that is resumed.
     rate : bool
         Whether the bar shows the number of steps in a second.
+    width : int
+        Of the text before the bar.
     """
 
-    def __init__(self, what: str, total: float = 1.0, done: float = 0.0, rate: bool = False) -> None:
-        self.what, self.total, self.done, self._format = what, total, done, _WITH_RATE if rate else _WITHOUT_RATE
+    def __init__(self, what: str, total: float = 1.0, done: float = 0.0, rate: bool = False,
+                 width: int = 26) -> None:  # fmt: skip
+        self.what, self.total, self.done = what, total, done
+        self._format = (_WITH_RATE if rate else _WITHOUT_RATE).replace("WIDTH", str(width))
         self._first, self._began = done, time.perf_counter()
         self._printed = self._began
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
         if not _printing.quiet and sys.stderr.isatty():
+            unknown, most = _COLUMNS
+            columns = min(most, shutil.get_terminal_size((unknown, 24)).columns)
             self._bar = require("tqdm", "io").tqdm(
-                desc=self.what, total=self.total, initial=self.done, bar_format=self._format, **_BAR
+                desc=self.what, total=self.total, initial=self.done, bar_format=self._format, ncols=columns, **_BAR
             )
             _printing.bar = self
         return self
@@ -147,6 +155,11 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def counted(number: int, what: str) -> str:
+    """A number with what it counts: "1 file", "2,000 files"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def classes_in_mean(scores: Scores) -> str:

@@ -166,13 +166,13 @@ def test_a_file_that_changes(write, monkeypatch):
         with pytest.raises(ReadError, match=r"a\.las: has changed since its header was read"):
             next(iter(function(scan)))
     assert scan != scans.opened(path)
-    for change, reason in ((data, "has changed since its header was read"), (data[:-4000], "has changed|truncated")):
+    for change in (data, data[:-4000]):  # a file that is being written is short for a moment
         path.write_bytes(data)
         os.utime(path, ns=(1, 1))
         blocks = scans.records(scans.opened(path))
         next(blocks)
         path.write_bytes(change)
-        with pytest.raises(ReadError, match=rf"a\.las: ({reason})"):
+        with pytest.raises(ReadError, match=r"a\.las: (has changed|truncated)"):
             next(blocks)
     path.unlink()
     with pytest.raises(ReadError, match=r"a\.las: No such file"):

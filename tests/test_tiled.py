@@ -194,7 +194,7 @@ def test_resume_after_kill(folder, tmp_path, small_groups):
     assert not survey.failed and 0 < survey.points < sum(one.points for one in survey.files)
     assert digests(out) == digests(undisturbed)
     label(folder, "four", out, resume=True, report=lines.append)
-    assert "all 4 files are done" in lines[-1]
+    assert lines[-1] == "the 4 files are done already"
 
 
 def test_resume_is_refused_for_another_run(folder, tmp_path, small_groups, monkeypatch):

@@ -36,6 +36,8 @@ UNLABELED = -1
 class ReadError(ValueError):
     """The file cannot be read; the message is one line that names the file and the reason."""
 
+    errno: int | None = None  #: of the OSError that was the reason, if it was one
+
 
 class MissingField(ReadError):
     """The file is valid, but has no field with a requested name."""

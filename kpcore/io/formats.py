@@ -213,7 +213,9 @@ def errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
     except ReadError as error:
         raise type(error)(f"{path}: {error}") from None
     except OSError as error:
-        raise ReadError(f"{error.filename or path}: {error.strerror or error}") from None
+        refused = ReadError(f"{error.filename or path}: {error.strerror or error}")
+        refused.errno = error.errno
+        raise refused from None
     except BaseException as error:  # lazrs is Rust: its panics arrive as bare BaseExceptions
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ReadError(f"{path}: damaged, or not of the format that its extension names: {reason}") from error

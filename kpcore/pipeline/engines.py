@@ -566,7 +566,15 @@ def dask(cluster: str | distributed.Client, *, memory: int | None = None) -> Eng
             raise TypeError(f"cluster: expected an address or a distributed.Client that is not asynchronous, got "
                             f"{type(cluster).__name__}")  # fmt: skip
         _check_workers(client, where)
-        client.run(_prepare, threads, memory if local else None)
+        limit, is_local = memory if local else None, bool(local)
+
+        class Prepare(distributed.WorkerPlugin):  # also of workers that start later, as after one was killed
+            name = "kpcore"
+
+            def setup(self, worker: Any) -> None:
+                _prepare(threads, limit, is_local, worker)
+
+        client.register_plugin(Prepare())
         counted, workers, had_workers = -1.0, 1, time.monotonic()
 
         def count() -> int:
@@ -646,10 +654,12 @@ def _check_workers(client: distributed.Client, where: str) -> None:
             raise Unfit(f"{where}: expected workers with kpcore {config.__version__}, as here, got {got} ({address})")
 
 
-def _prepare(threads: int | None, memory: int | None, dask_worker: Any = None) -> None:
+def _prepare(threads: int | None, memory: int | None, is_local: bool, worker: Any) -> None:
     """Set the threads of calls in a worker of Dask, which runs as many tasks at once as it has threads."""
+    if is_local:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the process that started this one ends it
     if threads is None and not _openmp.requested_threads:
-        threads = max(1, config._available_cores()[0] // dask_worker.state.nthreads)
+        threads = max(1, config._available_cores()[0] // worker.state.nthreads)
     if threads:
         config.set_num_threads(threads)
     if memory:

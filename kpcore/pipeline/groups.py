@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import socket
 import time
 from dataclasses import asdict, dataclass, field
@@ -139,10 +140,9 @@ class Job:
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - a worker keeps its job until it ends
     def scan(self, number: int) -> Scan:
         """The header of a file; an error if it is not the one that the job was made for."""
+        check_unchanged(self, number)
         source = self.files[number]
         scan = scans.opened(source.path, self.model.settings.data.columns)
-        if (scan.size, scan.modified) != (source.size, source.modified):
-            raise FileFailed(number, f"{source.path}: has changed since the start")
         return scan._replace(telling=bytes.fromhex(source.telling))
 
     def save(self) -> None:
@@ -167,6 +167,17 @@ class Job:
 def made_with() -> dict[str, str]:
     """The versions of packages on which the bits of labels depend."""
     return {"kpcore": config.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
+
+
+def check_unchanged(job: Job, number: int) -> None:
+    """Raise an error if a file is not the one that the job was made for."""
+    source = job.files[number]
+    try:
+        status = os.stat(source.path)
+    except OSError as error:
+        raise FileFailed(number, f"{source.path}: was there at the start: {error.strerror}") from None
+    if (status.st_size, status.st_mtime_ns) != (source.size, source.modified):
+        raise FileFailed(number, f"{source.path}: has changed since the start")
 
 
 class FileFailed(ReadError):

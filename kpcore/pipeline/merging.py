@@ -97,6 +97,7 @@ def write_file(job: Job, number: int, cells: Sequence[Cells], made_of: str) -> d
     `made_of` says which results these are.
     """
     source, options, model, scan = job.files[number], job.options, job.model, job.scan(number)
+    groups.check_unchanged(job, number)
     results, rules = Results(job, number, cells), job.rules
     request, num_classes = Request(label=job.label(scan)), model.net.num_classes
     counts, matrix = np.zeros(num_classes, np.int64), np.zeros((num_classes, num_classes), np.int64)
@@ -129,6 +130,11 @@ def write_file(job: Job, number: int, cells: Sequence[Cells], made_of: str) -> d
         warnings.simplefilter("always")
         store = stack.enter_context(job.store.writer(source.path, source.points)) if options.probabilities else None
         write_pieces(field_of(job, number), source.path, source.out, pieces)
+    try:
+        groups.check_unchanged(job, number)  # records of another file would have these labels
+    except groups.FileFailed:
+        os.remove(source.out)
+        raise
     folder = job.folder / "files"
     folder.mkdir(exist_ok=True)
     overview.save(folder / f"{number}.npz")

@@ -30,7 +30,7 @@ import numpy as np
 from kpcore import config, nn
 from kpcore.backends import checks
 from kpcore.config import KpcoreWarning, free_memory
-from kpcore.console import plain
+from kpcore.console import counted, plain
 from kpcore.files import replacing
 from kpcore.io import ReadError, copc, scans
 from kpcore.io.cloud import Request, name_index
@@ -176,7 +176,7 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
     model = Model.load(path) if path else model
     if chosen_method(model)[0] != "blocks":
         raise ValueError("model: expected one that labels in blocks, got one with the feature local or with votes")
-    run = _Run(model, path, _copies(sources, out, format), Path(out), scratch, theme, say, watch)
+    run = _Run(model, path, copies_of(sources, out, format), Path(out), scratch, theme, say, watch)
     with _engine(workers, dask, client, executor, memory) as engine, run.refused():
         run.prepare(
             engine, memory=memory, resume=resume, keep=keep, into=into, confidence=confidence,
@@ -189,15 +189,15 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
 
 def _engine(workers: int, dask: str | None, client: Any, executor: Executor | None, memory: int | None) -> Engine:
     """The engine that the arguments name."""
-    if dask or client is not None:
-        return engines.dask(dask or client)
+    if dask is not None or client is not None:
+        return engines.dask(client if dask is None else dask)
     if executor is not None:
         return engines.executor(executor)
     return engines.processes(checks.integer("workers", workers, 1)) if workers else engines.here()
 
 
-def _copies(sources: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str],
-            format: str | None) -> dict[Path, Path]:  # fmt: skip
+def copies_of(sources: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str],
+              format: str | None) -> dict[Path, Path]:  # fmt: skip
     """The copy of each source."""
     if format is not None:
         formats = scans.EXTENSIONS if len(sources) > 1 else [*WRITERS]
@@ -215,6 +215,19 @@ def _copies(sources: Sequence[str | os.PathLike[str]], out: str | os.PathLike[st
     return copies
 
 
+def is_under_way(out: str | os.PathLike[str]) -> bool:
+    """Whether `segment_tiles` has begun to label to `out`, and has not come to its end."""
+    try:
+        return json.loads(_manifest_path(Path(out)).read_text())["state"] == "running"
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _manifest_path(out: Path) -> Path:
+    """The manifest beside the copies in a folder, or beside the copy of one file."""
+    return out.with_suffix(".segment.json") if _is_name_of_copy(out) else out / MANIFEST
+
+
 def _is_name_of_copy(out: Path) -> bool:
     """Whether it is the name of the copy of a single file, rather than that of a folder."""
     return out.suffix.lower() in WRITERS and not out.is_dir()
@@ -227,11 +240,11 @@ class _Run:
                  scratch: str | os.PathLike[str] | None, theme: str, say: Callable[[str], object],
                  watch: Callable[[str, float, str], object] | None) -> None:  # fmt: skip
         self.model, self.model_path, self.copies, self.theme, self.say = model, model_path, copies, theme, say
-        self.out = out.parent if len(copies) == 1 and _is_name_of_copy(out) else out
+        self.manifest_path = _manifest_path(out)
+        self.out = self.manifest_path.parent
         self.watch = watch or (lambda what, done, note: None)
         self.is_alone = self.out != out
         name = f"{out.stem}.segment" if self.is_alone else "segment"
-        self.manifest_path = self.out / (f"{name}.json" if self.is_alone else MANIFEST)
         self.folder = Path(scratch or self.out).absolute() / f".{name}-{_hashed(str(self.out.absolute()))[:8]}"
         self.failed: dict[int, str] = {}  # why a file cannot be labelled, by its number
         self.scans: dict[int, Scan] = {}
@@ -285,7 +298,8 @@ class _Run:
         earlier = self._earlier(options) if resume else None
         self.earlier = earlier or {}
         if self._is_complete():
-            self.say(f"all {len(self.files):,} files are done")
+            number = len(self.files)
+            self.say(f"the {counted(number, 'file')} {'are' if number > 1 else 'is'} done already")
             return
         self._make_folder(earlier)
         for number in self.scans:
@@ -301,7 +315,7 @@ class _Run:
         for number, source in enumerate(self.copies):
             try:
                 data = self.model.settings.data
-                scan = scans.opened(source, data.columns)
+                scan = scans.opened(os.path.abspath(source), data.columns)
                 check_projected(source, scan.reference)
                 if scan.low is None:
                     is_named = data.label and name_index(scan.names, data.label) is not None
@@ -314,6 +328,9 @@ class _Run:
                     warnings.warn(f"{source}: {scan.warning}", stacklevel=5)
         if not self.scans:
             raise ReadError(next(iter(self.failed.values())))
+        if self.failed:
+            self.say(f"{len(self.failed):,} of {counted(len(self.copies), 'file')} cannot be read, and "
+                     f"{'is' if len(self.failed) == 1 else 'are'} left out")  # fmt: skip
 
     def _fields(self) -> list[str]:
         """The fields of the features, which must be the same in all files."""
@@ -361,12 +378,12 @@ class _Run:
         copies = sum(scan.size + 5 * scan.num_points for scan in self.scans.values())
         for folder, number, what in ((self.folder, scratch, "points and results until the end"),
                                      (self.out, copies, "labelled files")):  # fmt: skip
-            self.say(f"disk: some {_gib(number)} for {what}, in {folder}")
+            self.say(f"disk: some {_bytes(number)} for {what}, in {folder}")
             needs.setdefault(os.stat(folder).st_dev, [folder, 0])[1] += number
         for folder, number in needs.values():
             if number > (free := shutil.disk_usage(folder).free):
-                raise ValueError(f"scratch: expected some {_gib(number)} of free disk in {folder}, got {_gib(free)}; "
-                                 "--scratch names a folder on another disk")  # fmt: skip
+                raise ValueError(f"scratch: expected some {_bytes(number)} of free disk in {folder}, got "
+                                 f"{_bytes(free)}; points and results may be in a folder on another disk")  # fmt: skip
 
     def _earlier(self, options: Options) -> dict[str, Any] | None:
         """The manifest of an earlier run; an error if that was another one."""
@@ -376,7 +393,10 @@ class _Run:
             self.say("there is nothing to resume")
             return None
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self.manifest_path}: expected the manifest of an earlier run, got {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"{self.manifest_path}: expected the manifest of an earlier run, got {reason}") from None
+        if not isinstance(earlier, dict):
+            raise ValueError(f"{self.manifest_path}: expected the manifest of an earlier run, got other JSON")
         described = self._described(options)
         for name, value in described.items():
             if (before := earlier.get(name)) != value:
@@ -419,13 +439,13 @@ class _Run:
         return self.is_complete
 
     def _make_folder(self, earlier: dict[str, Any] | None) -> None:
-        self.is_new = not earlier
-        if self.is_new and self.folder.exists():
+        if not earlier and self.folder.exists():
             self._lock()
             self.open_files.close()
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
+        self.is_new = not earlier  # after the lock: the folder of another run that is at work stays
         if self.model_path:
             shutil.copyfile(self.model_path, self.job.model_path)
         else:
@@ -513,7 +533,7 @@ class _Run:
         if memory is None:
             return int(free / 2) if np.isfinite(free) else 2 << 30
         if memory > free:
-            raise ValueError(f"memory: expected at most the {_gib(free)} that are free, got {_gib(memory)}")
+            raise ValueError(f"memory: expected at most the {_bytes(free)} that are free, got {_bytes(memory)}")
         return memory
 
     def _plan(self, engine: Engine, memory: int | None, earlier: dict[str, Any] | None) -> None:
@@ -543,15 +563,18 @@ class _Run:
         self.groups, largest = _divided(squares, limit, margin / size.side, size.lattices)
         needs = _INTERPRETER + _model_bytes(model) + of_block + int(largest * per_point)
         price = (1 + 2 * size.halo / size.side) ** 2
-        self.say(f"{size.lattices * np.count_nonzero(squares.points):,} blocks of {size.side:g} with a halo of "
+        number = size.lattices * np.count_nonzero(squares.points)
+        self.say(f"{counted(number, 'block')} of {size.side:g} with a halo of "
                  f"{size.halo:g}, which put each point {size.lattices * price:.3g} times into the network, in "
-                 f"{len(self.groups):,} groups")  # fmt: skip
+                 f"{counted(len(self.groups), 'group')}")  # fmt: skip
         self.say(f"{engine.description}: the largest block has some {int(in_block):,} points, the largest group "
-                 f"{int(largest):,}; a worker needs some {_gib(needs)} of {_gib(of_worker)}")  # fmt: skip
+                 f"{int(largest):,}; a worker needs some {_bytes(needs)} of {_bytes(of_worker)}")  # fmt: skip
         if needs > of_worker:
-            workers = "" if engine.workers == 1 else f" for each of {engine.workers} workers"
-            raise ValueError(f"memory: expected at least {_gib(needs * engine.workers)}{workers}, got {_gib(budget)}; "
-                             "fewer workers, or a model with smaller [blocks], need less")  # fmt: skip
+            total, number = needs * engine.workers + (0 if here else _INTERPRETER), engine.workers
+            workers = "" if here else f" for this process and {counted(number, 'worker')}"
+            advice = "fewer workers, or " if number > 1 else ""
+            raise ValueError(f"memory: expected at least {_bytes(total)}{workers}, got {_bytes(budget)}; {advice}"
+                             f"a model with smaller [blocks] needs less")  # fmt: skip
         sums = {tuple(cells): points for cells, points in zip(squares.cells.tolist(), squares.points, strict=True)}
         self.points_of = [
             sum(
@@ -592,8 +615,8 @@ class _Run:
                 self.abouts[group] = about
         left = [group for group in sorted(needed) if group not in self.abouts]
         if len(left) < len(self.groups):
-            self.say(f"{len(self.groups) - len(left):,} of {len(self.groups):,} groups and {len(self.written):,} of "
-                     f"{len(self.files):,} files are done already")  # fmt: skip
+            self.say(f"{len(self.groups) - len(left):,} of {counted(len(self.groups), 'group')} and "
+                     f"{len(self.written):,} of {counted(len(self.files), 'file')} are done already")  # fmt: skip
         self.started, self.done_points = time.perf_counter(), 0.0
         self.all_points = max(1.0, sum(self.points_of[group] for group in left))
         ready = [("file", number) for number in self.groups_of if number not in self.written and self._is_ready(number)]
@@ -640,6 +663,8 @@ class _Run:
         kind, number = task[:2]
         if isinstance(outcome, OSError) and outcome.errno in _FATAL:
             raise outcome
+        if kind == "file" and (number_of_error := getattr(outcome, "errno", None)) in _FATAL:
+            raise OSError(number_of_error, os.strerror(number_of_error), self.files[number].out)
         if isinstance(outcome, (engines.Unfit, KeyboardInterrupt)):
             raise outcome
         if isinstance(outcome, FileFailed):
@@ -693,7 +718,8 @@ class _Run:
 
     def _tell(self, outcome: Mapping[str, Any]) -> None:
         rate = self.points / max(1e-9, time.perf_counter() - self.started)
-        note = f"{len(self.written):,} of {len(self.groups_of):,} files, {self.points:,} points, {rate:,.0f} points/s"
+        files = counted(len(self.groups_of), "file")
+        note = f"{len(self.written):,} of {files}, {self.points:,} points, {rate:,.0f}/s"
         self.watch("labelling", min(1.0, self.done_points / self.all_points), note)
         self.watch("worker", 0.0, f"{outcome['worker'][0]} process {outcome['worker'][1]}: {outcome['told']}")
 
@@ -786,7 +812,7 @@ class _Run:
         boxes = [(Path(scan.path).stem, np.array(scan.low) * scale, np.array(scan.high) * scale)
                  for number, scan in self.scans.items() if number in self.written]  # fmt: skip
         points = sum(one.points for one in survey.files)
-        subtitle = f"{points:,} points, {len(survey.files):,} files"
+        subtitle = f"{counted(points, 'point')}, {counted(len(survey.files), 'file')}"
         unit = None if (scale == 1).all() else "units of the training"
         whole.draw(self.out / PICTURE, self.out.absolute().name, subtitle, self.model.settings, boxes, theme=self.theme,
                    unit=unit, reference=next(iter(self.scans.values())).reference)  # fmt: skip
@@ -804,7 +830,7 @@ def _work(folder: str, task: tuple[Any, ...]) -> dict[str, Any]:
         about = groups.label_group(job, *rest)
         reading = about.pop("reading")
         seconds = {"reading": reading, "labelling": time.perf_counter() - begin - reading}
-        told = f"{about['points']:,} points of group {number + 1:,}"
+        told = f"{counted(about['points'], 'point')} of group {number + 1:,}"
     else:
         about = merging.write_file(job, number, *rest)
         seconds = {"writing": time.perf_counter() - begin}
@@ -849,8 +875,12 @@ def _hashed(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _gib(number: float) -> str:
-    return f"{number / 2**30:.2g} GiB"
+def _bytes(number: float) -> str:
+    """A size with three digits, in the unit that needs no zeros."""
+    for unit in ("KiB", "MiB", "GiB"):
+        if (number := number / 1024) < 999.5:
+            return f"{number:.3g} {unit}"
+    return f"{number / 1024:,.3g} TiB" if number < 999.5 * 1024 else f"{number / 1024:,.0f} TiB"
 
 
 def _words(fields: Sequence[tuple[str, np.dtype]]) -> str:
