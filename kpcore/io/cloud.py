@@ -366,13 +366,13 @@ def labels_of_some(values: np.ndarray, name: str, are_all: bool = True) -> tuple
     return labels, None
 
 
+@np.errstate(over="ignore")  # of limits in float16
 def checked_labels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(int32 labels, whether each value is a label or means that there is none) from numbers; the others are 0."""
     if np.can_cast(values.dtype, np.int32):
         return values.astype(np.int32), np.ones(len(values), bool)
     missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool)
-    with np.errstate(over="ignore"):  # in float16 it is infinite, in float32 2**32
-        all_bits = values.dtype.type(2**32 - 1) if values.dtype.kind == "f" else 2**32 - 1
+    all_bits = values.dtype.type(2**32 - 1) if values.dtype.kind == "f" else 2**32 - 1  # in float32 it is 2**32
     missing |= (values == all_bits) | (values == (2**64 - 1 if values.dtype.kind == "u" else -1))
     labels = np.where(missing, 0, values)
     valid = are_integers(labels, -(2.0**31), 2.0**31 - 1)
