@@ -91,6 +91,7 @@ FILES = {
     "table.npz": npz(anything=np.column_stack([XYZ, EIGHT]), field=FIELD),
     "structured.npz": npz(xyz=records_of(**colored(FRACTION), label=TRUTH), field=FIELD),
     "hidden.npz": npz(points=XYZ, z=FIELD, labels=np.zeros((NUM, 2)), features=np.zeros((NUM, 64)), field=FIELD),
+    "half.npz": npz(points=XYZ, colors=FRACTION.astype(np.float16), labels=TRUTH.astype(np.float16), field=FIELD),
     "names.npz": npz(points=XYZ, classes=np.array(["ground", "house"]), field=FIELD),
     "black.npz": npz(points=records_of(**colored(EIGHT)), colors=0 * EIGHT, labels=NOT, field=FIELD),
 }  # fmt: skip

@@ -366,6 +366,7 @@ def labels_of_some(values: np.ndarray, name: str, are_all: bool = True) -> tuple
     return labels, None
 
 
+@np.errstate(over="ignore")  # of limits in float16
 def checked_labels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(int32 labels, whether each value is a label or means that there is none) from numbers; the others are 0."""
     if np.can_cast(values.dtype, np.int32):

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _MOST_BYTES = 1 << 26  # of records at a time
-_TELLING = {*itertools.chain(*COLORS), "rgb", "rgba", *LABELS, *LABEL_ARRAYS}  # names of fields that decide
+_LABELS = {*LABELS, *LABEL_ARRAYS}
+_TELLING = {*itertools.chain(*COLORS), "rgb", "rgba", *_LABELS}  # names of fields that decide
 
 
 class Layout(NamedTuple):
@@ -56,7 +57,7 @@ def of_fields(num: int, size: int, dimensions: Sequence[Dimension]) -> Layout:
     axes = tuple(dimensions[name_index(names, axis)] for axis in "xyz")
     if not all(is_number(one) for one in axes):
         raise ReadError("x, y, z: expected one number for each point")
-    return Layout(num, size, tuple(dimensions), axes, deciding(dimensions))
+    return Layout(num, size, tuple(dimensions), axes, deciding(one for one in dimensions if one not in axes))
 
 
 def content(layout: Layout, records: np.ndarray, request: Request) -> Content:
@@ -83,7 +84,12 @@ def named(dtype: np.dtype, at: int = 0) -> tuple[Dimension, ...]:
 
 def deciding(dimensions: Iterable[Dimension]) -> tuple[Dimension, ...]:
     """Those that may be colours or labels by their names."""
-    return tuple(one for one in dimensions if one.name.lower().removeprefix("scalar_") in _TELLING and is_number(one))
+    return tuple(one for one in dimensions if plain_name(one) in _TELLING and is_number(one))
+
+
+def plain_name(dimension: Dimension) -> str:
+    """The name as `kpcore.io.cloud.name_index` compares it."""
+    return dimension.name.lower().removeprefix("scalar_")
 
 
 def is_number(dimension: Dimension) -> bool:
@@ -94,11 +100,11 @@ def telling(dimensions: Iterable[Dimension], records: np.ndarray) -> np.ndarray:
     """The records that decide for all of these what `kpcore.io.cloud` makes of dimensions.
 
     They are for each dimension the smallest and the largest value, NaN, what is no label, such as a fraction, a label
-    other than that of points without one and other than in the first dimension, and packed colours other than black.
+    other than that of points without one or than in another field of labels, and packed colours other than black.
     Those of several blocks together decide for all blocks.
     """
     rows: set[int] = {0}
-    first = None
+    of_labels: list[np.ndarray] = []  # of fields with usual names
     for dimension in dimensions:
         values = dimension.read(records)
         labels, valid = checked_labels(values)
@@ -112,9 +118,9 @@ def telling(dimensions: Iterable[Dimension], records: np.ndarray) -> np.ndarray:
         rows |= {int(low.argmin()), int(high.argmax())}
         if values.dtype.itemsize == 4:  # packed colours of which some channel is not 0
             masks.append(values.astype(values.dtype.newbyteorder("=")).view(np.uint32) & np.uint32(0xFFFFFF) != 0)
-        if first is not None:
-            masks.append(labels != first)  # other labels than in the first field
-        first = labels if first is None else first
+        if plain_name(dimension) in _LABELS:
+            masks += [labels != other for other in of_labels]
+            of_labels.append(labels)
         rows |= {int(mask.argmax()) for mask in masks if mask.any()}
     return records[sorted(rows)]
 

@@ -195,7 +195,8 @@ def _content(scan: Scan, records: np.ndarray, request: Request) -> tuple[Content
     telling = np.frombuffer(scan.telling, np.uint8).reshape(-1, scan.record_size)
     request = request._replace(columns=scan.columns, is_part=True)
     whole = np.concatenate([telling, records])
-    return LAYOUTS[Path(scan.path).suffix.lower()][2](scan.layout, whole, request), len(telling)
+    with np.errstate(all="ignore"):  # as in `read`, of limits in float16
+        return LAYOUTS[Path(scan.path).suffix.lower()][2](scan.layout, whole, request), len(telling)
 
 
 @contextmanager
