@@ -29,7 +29,7 @@ import kpcore as kp
 from kpcore import io, scenes
 
 SIZES = {
-    "full": {"points": 10_000_000, "large": 100_000_000, "workers": 4_000_000, "dense": 1_000_000, "rounds": 2},
+    "full": {"points": 10_000_000, "large": 100_000_000, "workers": 4_000_000, "dense": 1_000_000, "rounds": 1},
     "quick": {"points": 40_000, "large": 120_000, "workers": 40_000, "dense": 40_000, "rounds": 1},
 }
 NETWORKS = {
