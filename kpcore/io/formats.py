@@ -453,10 +453,10 @@ def why_no_pieces(source: str | os.PathLike[str], out: str | os.PathLike[str]) -
 
 
 def write_pieces(field: LabelField, source: str | os.PathLike[str], out: str | os.PathLike[str],
-                 pieces: Pieces) -> None:  # fmt: skip
-    """As `write_to`, with labels that are made block by block; see `Pieces`.
+                 pieces: Pieces) -> list[str]:  # fmt: skip
+    """As `write_to`, with labels that are made block by block; see `Pieces`. Returns what differs, in words.
 
-    `why_no_pieces` says for which formats. Errors that `pieces` raises are those of this function, and no file is left
+    Nothing is warned of, as this may run in a thread. `why_no_pieces` says for which formats. Errors that `pieces` raises are those of this function, and no file is left
     behind.
     """
     if field.write_pieces is None:
@@ -474,13 +474,11 @@ def write_pieces(field: LabelField, source: str | os.PathLike[str], out: str | o
 
     try:
         with errors_name(source), replacing(out) as part:
-            notes = field.write_pieces(part, checked)
+            return field.write_pieces(part, checked)
     except BaseException:
         if raised:
             raise raised[0] from None
         raise
-    if notes:
-        warnings.warn(f"{out}: {'; '.join(notes)}", stacklevel=2)
 
 
 def _check_piece(field: LabelField, num: int, chosen: np.ndarray, labels: np.ndarray,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import warnings
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +27,10 @@ if TYPE_CHECKING:
     from kpcore.io.cloud import LabelField
     from kpcore.pipeline.blocks import Cells
     from kpcore.pipeline.groups import Job
+
+
+# What is known of a copy, by name.
+ABOUT = ("counts", "confusion", "ignored", "stays", "unclassified", "close", "made_of", "size", "warnings")
 
 
 class Labels(NamedTuple):
@@ -138,10 +141,9 @@ def write_file(job: Job, number: int, cells: Sequence[Cells], made_of: str) -> d
             store.append(labels.probabilities)
         return chosen, final.labels, {"confidence": final.percent} if options.confidence else {}
 
-    with warnings.catch_warnings(record=True) as caught, ExitStack() as stack:
-        warnings.simplefilter("always")
+    with ExitStack() as stack:
         store = stack.enter_context(job.store.writer(source.path, source.points)) if options.probabilities else None
-        write_pieces(field_of(job, number), source.path, source.out, pieces)
+        differs = write_pieces(field_of(job, number), source.path, source.out, pieces)
     try:
         groups.check_unchanged(job, number)  # records of another file would have these labels
     except groups.FileFailed:
@@ -153,7 +155,7 @@ def write_file(job: Job, number: int, cells: Sequence[Cells], made_of: str) -> d
     about = {
         "counts": counts.tolist(), "confusion": matrix.tolist() if has_labels else None, **notes,
         "close": results.close, "made_of": made_of, "size": os.stat(source.out).st_size,
-        "warnings": [str(one.message) for one in caught],
+        "warnings": differs,
     }  # fmt: skip
     with replacing(folder / f"{number}.json") as part:
         part.write_text(json.dumps(about))

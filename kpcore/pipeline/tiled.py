@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
@@ -177,8 +178,7 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
     say = report or (lambda line: None)
     path = None if isinstance(model, Model) else Path(model)
     model = Model.load(path) if path else model
-    if chosen_method(model)[0] != "blocks":
-        raise ValueError("model: expected one that labels in blocks, got one with the feature local or with votes")
+    chosen_method(model, "blocks")
     copies: dict[Path, Path | None] = {**copies_of(sources, out, format)}
     for other in map(Path, around):
         if other in copies or other.suffix.lower() not in scans.EXTENSIONS:
@@ -297,15 +297,18 @@ class _Run:
             self.model.settings.data.drop_zeros, factors, False, self.model.block_size.lattices, [*keep], into,
             confidence, unclassified, store,
         )  # fmt: skip
-        self.instruction_set = engines.common_instruction_set(engine.machines())
+        self.machines = engine.machines()
+        self.instruction_set = engines.common_instruction_set(self.machines)
         self.files = [self._source(number, source, copy) for number, (source, copy) in enumerate(self.copies.items())]
         shown = [scan for number, scan in self.scans.items() if self.files[number].out] or opened
         low = np.min([scan.low for scan in shown], axis=0) * factors
         high = np.max([scan.high for scan in shown], axis=0) * factors
-        self.job = Job(self.folder, self.files, options, low[:2].tolist(), high[:2].tolist())
         self.out.mkdir(parents=True, exist_ok=True)
         earlier = self._earlier(options) if resume else None
         self.earlier = earlier or {}
+        if earlier and Path(earlier["scratch"]).is_dir():
+            self.folder = Path(earlier["scratch"])
+        self.job = Job(self.folder, self.files, options, low[:2].tolist(), high[:2].tolist())
         if self._is_complete():
             number = len(self.written)
             self.say(f"the {counted(number, 'file')} {'are' if number > 1 else 'is'} done already")
@@ -319,9 +322,10 @@ class _Run:
             self._sort(engine, memory)
         self.job.__dict__.pop("tiles", None)
         self.job.tiles.without(self.failed)
-        self._plan(engine, memory, earlier)
+        self._plan(engine, memory)
 
     def _open(self) -> None:
+        warned: dict[str, list[Path]] = {}
         for number, source in enumerate(self.copies):
             try:
                 data = self.model.settings.data
@@ -335,7 +339,8 @@ class _Run:
             else:
                 self.scans[number] = scan
                 if scan.warning:
-                    warnings.warn(f"{source}: {scan.warning}", stacklevel=5)
+                    warned.setdefault(scan.warning, []).append(source)
+        _warn(warned)
         if not self.scans:
             raise ReadError(next(iter(self.failed.values())))
         if self.failed:
@@ -345,6 +350,7 @@ class _Run:
     def _fields(self) -> list[str]:
         """The fields of the features, which must be the same in all files."""
         settings, fields, first = self.model.settings, None, None
+        warned: dict[str, list[str]] = {}
         for number, scan in [*self.scans.items()]:
             of_file, unused = fields_of(settings, scan.names)
             try:
@@ -356,14 +362,15 @@ class _Run:
                 del self.scans[number]
                 continue
             for name in unused:
-                warnings.warn(f"{scan.path}: its field {name} is not used, since the feature {name} is computed",
-                              stacklevel=5)  # fmt: skip
+                unused_field = f"its field {name} is not used, since the feature {name} is computed"
+                warned.setdefault(unused_field, []).append(scan.path)
             types = [(name, scan.dimensions[name_index(scan.names, name)].holds) for name in of_file]
             if fields is None:
                 fields, first = types, scan
             elif types != fields:
                 raise ValueError(f"sources: expected the same fields in all files of a survey, got {_words(fields)} in "
                                  f"{first.path} and {_words(types)} in {scan.path}")  # fmt: skip
+        _warn(warned)
         if fields is None:
             raise ReadError(next(iter(self.failed.values())))
         return [name for name, _ in fields]
@@ -389,8 +396,11 @@ class _Run:
                                      (self.out, copies, "labelled files")):  # fmt: skip
             self.say(f"disk: some {_bytes(number)} for {what}, in {folder}")
             needs.setdefault(os.stat(folder).st_dev, [folder, 0])[1] += number
+        there = sum(
+            path.stat().st_size for path in self.folder.rglob("*") if path.is_file()
+        )  # of a run that is resumed
         for folder, number in needs.values():
-            if number > (free := shutil.disk_usage(folder).free):
+            if number - there > (free := shutil.disk_usage(folder).free):
                 raise ValueError(f"scratch: expected some {_bytes(number)} of free disk in {folder}, got "
                                  f"{_bytes(free)}; points and results may be in a folder on another disk")  # fmt: skip
 
@@ -484,7 +494,7 @@ class _Run:
             return
 
     def _write_manifest(self, state: dict[str, Any]) -> None:
-        described = self._described(self.job.options) | {"scratch": str(self.folder)} | state
+        described = self._described(self.job.options) | {"scratch": str(self.folder), "limit": self.limit} | state
         with replacing(self.manifest_path) as part:
             part.write_text(json.dumps(described, indent=1))
 
@@ -549,7 +559,17 @@ class _Run:
             raise ValueError(f"memory: expected at most the {_bytes(free)} that are free, got {_bytes(memory)}")
         return memory
 
-    def _plan(self, engine: Engine, memory: int | None, earlier: dict[str, Any] | None) -> None:
+    def _memory_of_worker(self, engine: Engine, memory: int | None) -> int:
+        """Bytes for each worker: of `memory`, or half of what is free on its machine."""
+        if engine.is_here:
+            return self._memory(memory)
+        if memory is None:
+            workers_of_machine = -(-engine.workers // len({one.host for one in self.machines}))
+            free = min(one.memory for one in self.machines)
+            return int((free / 2 if np.isfinite(free) else 2 << 30) / workers_of_machine)
+        return (self._memory(memory) - _INTERPRETER) // engine.workers
+
+    def _plan(self, engine: Engine, memory: int | None) -> None:
         """Divide the blocks into groups that fit into the memory of a worker; an error if one block does not."""
         model, size = self.model, self.model.block_size
         counts = [self.job.tiles.count()]
@@ -567,14 +587,17 @@ class _Run:
         in_block = squares.points.max() * (1 + 2 * size.halo / size.side) ** 2
         of_block = int(in_block * blocks.bytes_per_point(model))
         per_point = groups.bytes_per_point(model)
-        here, budget = engine.is_here, self._memory(memory)
-        of_worker = budget if here else (budget - _INTERPRETER) // engine.workers
-        limit = (of_worker - _INTERPRETER - _model_bytes(model) - of_block) / per_point
-        limit = min(limit, _MOST_IN_GROUP)
-        if not here:
+        of_worker = self._memory_of_worker(engine, memory)
+        fixed = _INTERPRETER + _model_bytes(model) + of_block
+        fits = (of_worker - fixed) / per_point
+        limit = min(fits, _MOST_IN_GROUP)
+        if not engine.is_here:
             limit = min(limit, max(count.points.sum() / (_TASKS_OF_WORKER * engine.workers), squares.points.max()))
+        if fits >= self.earlier.get("limit", math.inf):  # the same groups as before, of which some are done
+            limit = self.earlier["limit"]
+        self.limit = limit
         self.groups, largest = _divided(squares, limit, margin / size.side, size.lattices)
-        needs = _INTERPRETER + _model_bytes(model) + of_block + int(largest * per_point)
+        needs = fixed + int(largest * per_point)
         price = (1 + 2 * size.halo / size.side) ** 2
         number = size.lattices * np.count_nonzero(squares.points)
         self.say(f"{counted(number, 'block')} of {size.side:g} with a halo of "
@@ -583,10 +606,12 @@ class _Run:
         self.say(f"{engine.description}: the largest block has some {int(in_block):,} points, the largest group "
                  f"{int(largest):,}; a worker needs some {_bytes(needs)} of {_bytes(of_worker)}")  # fmt: skip
         if needs > of_worker:
-            total, number = needs * engine.workers + (0 if here else _INTERPRETER), engine.workers
-            workers = "" if here else f" for this process and {counted(number, 'worker')}"
-            advice = "fewer workers, or " if number > 1 else ""
-            raise ValueError(f"memory: expected at least {_bytes(total)}{workers}, got {_bytes(budget)}; {advice}"
+            number, advice = engine.workers, "fewer workers, or " if engine.workers > 1 else ""
+            total, got, workers = needs, of_worker, "" if engine.is_here else " for each worker"
+            if memory is not None and not engine.is_here:
+                total, got = needs * number + _INTERPRETER, memory
+                workers = f" for this process and {counted(number, 'worker')}"
+            raise ValueError(f"memory: expected at least {_bytes(total)}{workers}, got {_bytes(got)}; {advice}"
                              f"a model with smaller [blocks] needs less")  # fmt: skip
         sums = {tuple(cells): points for cells, points in zip(squares.cells.tolist(), squares.points, strict=True)}
         self.points_of = [
@@ -744,6 +769,7 @@ class _Run:
     def finish(self, begin: float) -> Survey:
         """The summary, the picture and the manifest; the folder is removed unless files have failed."""
         names, written, notes = self.model.classes, [], []
+        warned: dict[str, list[str]] = {}
         counts, matrix = np.zeros(len(names), np.int64), np.zeros((len(names), len(names)), np.int64)
         for number, about in sorted(self.written.items()):
             source, of_file = self.files[number], about["confusion"]
@@ -755,7 +781,8 @@ class _Run:
             counts += about["counts"]
             matrix += 0 if rows is None else rows
             for line in about["warnings"]:
-                warnings.warn(line, stacklevel=3)
+                warned.setdefault(line.removeprefix(f"{source.out}: "), []).append(source.out)
+        _warn(warned)
         total = matrix if matrix.any() else None
         messages = self._differences()
         for message in messages:
@@ -778,7 +805,10 @@ class _Run:
         peaks = self.peaks | {(socket.gethostname(), os.getpid()): _peak()}
         survey = survey._replace(peak_memory=sum(peaks.values()))
         self._write_summary(survey)
-        abouts = {self.files[number].key: about for number, about in self.written.items()}
+        abouts = {
+            self.files[number].key: {name: about[name] for name in merging.ABOUT}
+            for number, about in self.written.items()
+        }
         self._write_manifest(
             {"state": "incomplete" if failed else "done", "failed": failed, "files": abouts, "around": self._around()}
         )
@@ -835,6 +865,13 @@ class _Run:
         unit = None if (scale == 1).all() else "units of the training"
         whole.draw(self.out / PICTURE, self.out.absolute().name, subtitle, self.model.settings, boxes, theme=self.theme,
                    unit=unit, reference=next(iter(self.scans.values())).reference)  # fmt: skip
+
+
+def _warn(files_of: Mapping[str, Sequence[str | Path]]) -> None:
+    """Warn of messages about files, each once for all files that it is about."""
+    for message, files in files_of.items():
+        others = f" (so have {counted(len(files) - 1, 'other file')})" if len(files) > 1 else ""
+        warnings.warn(f"{files[0]}: {message}{others}", stacklevel=4)
 
 
 def _is_file(task: tuple[Any, ...]) -> bool:
