@@ -396,9 +396,8 @@ class _Run:
                                      (self.out, copies, "labelled files")):  # fmt: skip
             self.say(f"disk: some {_bytes(number)} for {what}, in {folder}")
             needs.setdefault(os.stat(folder).st_dev, [folder, 0])[1] += number
-        there = sum(
-            path.stat().st_size for path in self.folder.rglob("*") if path.is_file()
-        )  # of a run that is resumed
+        # Of an earlier run, which is resumed.
+        there = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         for folder, number in needs.values():
             if number - there > (free := shutil.disk_usage(folder).free):
                 raise ValueError(f"scratch: expected some {_bytes(number)} of free disk in {folder}, got "
@@ -781,7 +780,7 @@ class _Run:
             counts += about["counts"]
             matrix += 0 if rows is None else rows
             for line in about["warnings"]:
-                warned.setdefault(line.removeprefix(f"{source.out}: "), []).append(source.out)
+                warned.setdefault(line, []).append(source.out)
         _warn(warned)
         total = matrix if matrix.any() else None
         messages = self._differences()
