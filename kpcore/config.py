@@ -133,7 +133,20 @@ def set_num_threads(threads: int) -> None:
 
 def get_num_threads() -> int:
     """The largest number of threads that a call uses; see `set_num_threads`."""
-    return (_chosen or _threads_and_why())[0]
+    return getattr(_of_thread, "number", None) or (_chosen or _threads_and_why())[0]
+
+
+_of_thread = threading.local()
+
+
+@contextlib.contextmanager
+def threads_of_calls_here(number: int) -> Iterator[None]:
+    """Let calls in the block, and in this Python thread alone, use this many threads."""
+    before, _of_thread.number = getattr(_of_thread, "number", None), number
+    try:
+        yield
+    finally:
+        _of_thread.number = before
 
 
 _memory_limit: int | None = None

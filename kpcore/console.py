@@ -123,7 +123,12 @@ class Progress:
 
     def to(self, done: float, what: str | None = None, note: str = "", more: str = "") -> None:
         """Show that `done` of the total is done; `note` is shown beside the bar, and in a line after `more`."""
-        is_new, self.what, self.done = what not in (None, self.what), what or self.what, done
+        is_new, is_back = what not in (None, self.what), done < self.done
+        self.what, self.done = what or self.what, done
+        if is_back:  # another task begins, of which nothing is known of the time that is left
+            self._first, self._began = done, time.perf_counter()
+            if self._bar is not None:
+                self._bar.reset()
         if self._bar is not None:
             self._bar.set_description_str(self.what, refresh=False)
             self._bar.set_postfix_str(f"  {note}" if note else "", refresh=False)

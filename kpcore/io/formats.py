@@ -454,7 +454,7 @@ def why_no_pieces(source: str | os.PathLike[str], out: str | os.PathLike[str]) -
 
 def write_pieces(field: LabelField, source: str | os.PathLike[str], out: str | os.PathLike[str],
                  pieces: Pieces) -> list[str]:  # fmt: skip
-    """As `write_to`, with labels that are made block by block; see `Pieces`. Returns what differs in the copy, in words.
+    """As `write_to`, with labels that are made block by block, see `Pieces`; returns what differs in the copy.
 
     Nothing is warned of, as this may run in a thread. `why_no_pieces` says for which formats. Errors that `pieces`
     raises are those of this function, and no file is left behind.

@@ -12,13 +12,15 @@ that voxels have other faces: floors and walls that lie on the faces of one latt
 from __future__ import annotations
 
 import math
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 import kpcore as kp
-from kpcore import nn
+from kpcore import config, nn
 from kpcore.backends import devices
+from kpcore.config import free_memory
 from kpcore.dispositions import rotated
 from kpcore.pipeline import batches
 from kpcore.pipeline.data import computed_values, coordinates, pieces, reach_of, subsampled, values_of
@@ -40,7 +42,7 @@ TYPICAL_POINTS = 150_000  # of level 0 in a block of the training data
 _MOST_CELLS = 2**31  # along an axis
 _MOST_EMPTY_BLOCKS, _FEWEST_POINTS = 1000, 50  # of so many blocks each has so many points on average: or hours are lost
 _TYPICAL_NEIGHBORS = 40
-_PREPARED = 3  # blocks in memory at once: the one in the network, the next, and that which is being prepared
+_PREPARED = 3  # blocks in memory where one is labelled at a time: that in the network, the next, and the one after
 _BYTES_OF_INPUT = 150  # of a point of a block: float64 coordinates, order, features before and after subsampling
 
 
@@ -272,14 +274,26 @@ def plan(model: Model, cloud: Cloud, rows: np.ndarray) -> Plan:
     """How many blocks there are, the points of the largest, and the memory that it takes."""
     size = model.block_size
     cells = np.floor(coordinates(cloud, rows)[:, :2] / size.side)
-    counts = np.unique(cells, axis=0, return_counts=True)[1]
+    if np.abs(cells).max(initial=0) >= _MOST_CELLS:
+        counts = np.ones(1, np.int64)  # `blocks_of` raises an error
+    else:
+        keys = cells.astype(np.int64)
+        counts = np.unique(keys[:, 0] << 32 | keys[:, 1] & 0xFFFFFFFF, return_counts=True)[1]
     points = min(len(rows), int(counts.max() * (1 + 2 * size.halo / size.side) ** 2))
     sums = 4 * len(rows) * model.net.num_classes if size.lattices > 1 else 0
     return Plan(size.lattices * len(counts), points, int(points * bytes_per_point(model)) + sums)
 
 
-def bytes_per_point(model: Model) -> float:
-    """Memory for a point of a block before subsampling.
+def at_once(model: Model, points: float, memory: float, threads: int) -> int:
+    """How many blocks of so many points are labelled at the same time in this memory, each by threads of its part.
+
+    Blocks need nothing of each other, so that two threads label two blocks faster than one after the other.
+    """
+    return max(1, min(threads, int(memory / max(1.0, points * bytes_per_point(model, 1)))))
+
+
+def bytes_per_point(model: Model, prepared: int = _PREPARED) -> float:
+    """Memory for a point of a block before subsampling, with so many inputs of blocks in memory.
 
     Besides the cloud, the peak was between half and 1.3 times this sum for KP-FCNNs of 32 and 64 channels, rigid and
     deformable, and a KPNeXt, in one block and in nine.
@@ -301,8 +315,8 @@ def bytes_per_point(model: Model) -> float:
     statistics = model.statistics
     counts = statistics.neighbors if statistics else [_TYPICAL_NEIGHBORS] * model.net.num_levels
     pairs = sum(number * share**level for level, number in enumerate(counts))
-    of_level_0 = 4 * (kept + 2.5 * largest) + _PREPARED * 4 * 2.5 * pairs
-    return _PREPARED * _BYTES_OF_INPUT + of_level_0 / max(1.0, statistics.points_per_voxel if statistics else 1.0)
+    of_level_0 = 4 * (kept + 2.5 * largest) + prepared * 4 * 2.5 * pairs
+    return prepared * _BYTES_OF_INPUT + of_level_0 / max(1.0, statistics.points_per_voxel if statistics else 1.0)
 
 
 def probabilities(model: Model, cloud: Cloud, rows: np.ndarray, *, like: ArrayLike | None = None,
@@ -315,9 +329,13 @@ def probabilities(model: Model, cloud: Cloud, rows: np.ndarray, *, like: ArrayLi
     """
     lattices = LATTICES[: model.block_size.lattices]
     total = np.zeros((len(rows), model.net.num_classes), np.float32) if len(lattices) > 1 else None
-    ranks, done = ranks_of(coordinates(cloud, rows), values_of(model.settings, cloud, rows)), 0
+    planned, done = plan(model, cloud, rows), 0
+    together = at_once(model, planned.points, free_memory() / 2, config.get_num_threads())
+    together = min(together, planned.blocks // len(lattices))
+    ranks = ranks_of(coordinates(cloud, rows), values_of(model.settings, cloud, rows))
     for number, lattice in enumerate(lattices, 1):
-        for positions, shares in of_lattice(model, cloud, rows, lattice, ranks, like=like, observed=observed):
+        pieces = of_lattice(model, cloud, rows, lattice, ranks, like=like, observed=observed, together=together)
+        for positions, shares in pieces:
             if total is None:
                 yield positions, shares
             elif number < len(lattices):
@@ -330,9 +348,12 @@ def probabilities(model: Model, cloud: Cloud, rows: np.ndarray, *, like: ArrayLi
 
 
 def of_lattice(model: Model, cloud: Cloud, rows: np.ndarray, lattice: Lattice, ranks: np.ndarray, *,
-               cells: Cells | None = None, like: ArrayLike | None = None, observed: Observed | None = None
-               ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
-    """(positions in `rows`, (n, classes) probabilities) of the points in each block of a lattice, see `blocks_of`."""
+               cells: Cells | None = None, like: ArrayLike | None = None, observed: Observed | None = None,
+               together: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """(positions in `rows`, (n, classes) probabilities) of the points in each block of a lattice, see `blocks_of`.
+
+    On the CPU so many blocks are labelled `together`.
+    """
     settings, net = model.settings, model.net
     chosen = blocks_of(cloud, rows, model.block_size, reach_of(settings), ranks, lattice.shift, cells)
     groups = model.params, model.state
@@ -340,13 +361,25 @@ def of_lattice(model: Model, cloud: Cloud, rows: np.ndarray, lattice: Lattice, r
         groups = ({name: devices.to_device_of(like, value) for name, value in group.items()} for group in groups)
     params, state = groups
 
+    counting = threading.Lock()
+
     def make(block: Block) -> Input:
         return input_of(model, cloud, block, lattice.angle, like)
 
-    # One thread prepares the next blocks: each takes up to a gigabyte.
-    for block in batches.Prefetched(chosen, make, min(1, settings.training.workers)):
+    def label(block: Input) -> tuple[np.ndarray, np.ndarray]:
         if observed:
-            observed.add(devices.on_host(block.features), block.num_points)
-            observed.add_neighbors(block.pyramid)
+            with counting:
+                observed.add(devices.on_host(block.features), block.num_points)
+                observed.add_neighbors(block.pyramid)
         logits = net(kp, params, state, block.pyramid, block.features).logits
-        yield block.positions, devices.on_host(kp.softmax(logits)[block.places])
+        return block.positions, devices.on_host(kp.softmax(logits)[block.places])
+
+    def label_in_thread(block: Block) -> tuple[np.ndarray, np.ndarray]:
+        with config.threads_of_calls_here(threads):
+            return label(make(block))
+
+    if together > 1 and not devices.is_array(like):
+        threads = max(1, config.get_num_threads() // together)
+        yield from batches.Prefetched(chosen, label_in_thread, together)
+    else:  # one thread prepares the next blocks: each takes up to a gigabyte
+        yield from map(label, batches.Prefetched(chosen, make, min(1, settings.training.workers)))

@@ -89,8 +89,9 @@ class Job:
     options: Options
 
     def __init__(self, folder: Path, files: Sequence[Source], options: Options, low: Sequence[float],
-                 high: Sequence[float]) -> None:  # fmt: skip
+                 high: Sequence[float], blocks_at_once: int = 1) -> None:  # fmt: skip
         self.folder, self.files, self.options = folder, [*files], options
+        self.blocks_at_once = blocks_at_once  #: that fit into the memory of a worker
         self.low, self.high = low, high  #: of the survey, in the unit of the network
 
     @property
@@ -154,7 +155,7 @@ class Job:
         """Write the description."""
         described = {"made_with": made_with(), "files": [asdict(source) for source in self.files],
                      "options": asdict(self.options),
-                     "low": [*self.low], "high": [*self.high]}  # fmt: skip
+                     "low": [*self.low], "high": [*self.high], "blocks_at_once": self.blocks_at_once}  # fmt: skip
         with replacing(self.path) as part:
             part.write_text(json.dumps(described))
 
@@ -166,7 +167,8 @@ class Job:
                          for name, version in versions.items() if version != described["made_with"][name])  # fmt: skip
             raise engines.Unfit(f"{socket.gethostname()}: expected {names}: the bits of labels could differ")
         files = [Source(**one) for one in described["files"]]
-        return cls(folder, files, Options(**described["options"]), described["low"], described["high"])
+        return cls(folder, files, Options(**described["options"]), described["low"], described["high"],
+                   described["blocks_at_once"])  # fmt: skip
 
 
 def made_with() -> dict[str, str]:
@@ -212,31 +214,39 @@ def label_group(job: Job, cells: Cells, without: Collection[int] = ()) -> dict[s
     """
     model, options = job.model, job.options
     low, high = box_of(cells, model.block_size.side, options.lattices)
-    margin = margin_of(model)
     begin = time.perf_counter()
-    points = points_in(job, low - margin, high + margin, without)
+    points = points_in(job, low - margin_of(model), high + margin_of(model), without)
     reading = time.perf_counter() - begin
     chosen = np.flatnonzero(points.first == np.arange(len(points.first)))
     observed = statistics.Observed(model.columns, model.statistics) if model.statistics else None
     total = np.zeros((len(chosen), model.net.num_classes), np.float32)
     labelled = np.zeros(len(chosen), np.uint8)  # by so many lattices
-    first_lattice, ranks = 0, None
-    if len(chosen):
-        ranks = blocks.ranks_of(points.cloud.exact[chosen], values_of(model.settings, points.cloud, chosen))
+    first_lattice, fullest, ranks = 0, chosen[:0], np.zeros(len(chosen), np.int32)
+    # Those further off are in no block, and the ground that they make does not depend on their order.
+    margin = model.block_size.halo + reach_of(model.settings).surface + _SLACK * model.block_size.side
+    xy = points.cloud.exact[chosen, :2]
+    ranked = np.flatnonzero(((xy >= low - margin) & (xy <= high + margin)).all(axis=1))
+    if len(ranked):
+        of_cloud = chosen[ranked]
+        ranks[ranked] = blocks.ranks_of(points.cloud.exact[of_cloud], values_of(model.settings, points.cloud, of_cloud))
     for lattice in LATTICES[: options.lattices] if len(chosen) else ():
-        pieces = blocks.of_lattice(model, points.cloud, chosen, lattice, ranks, cells=cells, observed=observed)
+        pieces = blocks.of_lattice(
+            model, points.cloud, chosen, lattice, ranks, cells=cells, observed=observed,
+            together=min(job.blocks_at_once, config.get_num_threads(), cells.number**2),
+        )  # fmt: skip
         for positions, shares in pieces:
             total[positions] += shares
             labelled[positions] += 1
-            first_lattice += len(positions) if lattice is LATTICES[0] else 0
+            if lattice is LATTICES[0]:
+                first_lattice += len(positions)
+                fullest = max(fullest, positions, key=len)
     place = np.empty(len(points.first), np.int64)
     place[chosen] = np.arange(len(chosen))
     place = place[points.first]
     about = {"inputs": inputs_of(job, cells, without), "points": first_lattice}
     more = {}
     if observed:
-        inside = points.cloud.exact[chosen[labelled > 0]]
-        more = {"observed": observed.counted(), "spacing": statistics.spacing_of(inside)}
+        more = {"observed": observed.counted(), "spacing": statistics.spacing_of(points.cloud.exact[chosen[fullest]])}
     _write(job, cells, points, place, labelled, total, about | more)
     return about | {"reading": reading}
 
@@ -312,8 +322,8 @@ def points_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[i
     pieces = []
     for number in files_in(job, low, high, without):
         try:
-            for rows, records in _records_in(job, number, low, high):
-                piece = _piece(job, number, rows, records, low, high)
+            for rows, records, shared in _records_in(job, number, low, high):
+                piece = _piece(job, number, rows, records, shared, low, high)
                 if len(piece.rows):
                     pieces.append(piece)
         except FileFailed:
@@ -329,7 +339,8 @@ def points_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[i
     colors = None if pieces[0].colors is None else np.concatenate([piece.colors for piece in pieces])
     cloud = Cloud(exact, colors, None, np.zeros(3), fields=fields, exact=exact)
     first = np.arange(len(rows))
-    if pieces[0].number != pieces[-1].number and len(maybe := places_taken_twice(exact)):
+    shared = np.flatnonzero(np.concatenate([piece.shared for piece in pieces]))
+    if len(shared) and len(maybe := shared[places_taken_twice(exact[shared])]):
         values = values_of(job.model.settings, cloud, maybe)
         identity = np.concatenate([piece.identity for piece in pieces])[maybe]
         first[maybe] = maybe[same_points(exact[maybe], identity, files[maybe], values)]
@@ -345,6 +356,7 @@ class _Piece(NamedTuple):
     fields: dict[str, np.ndarray]
     colors: np.ndarray | None
     identity: np.ndarray  #: (n, 2) GPS time and number of the return
+    shared: np.ndarray  #: (n,) bool, whether another file may have the point too
 
 
 def files_in(job: Job, low: np.ndarray, high: np.ndarray, without: Collection[int] = ()) -> list[int]:
@@ -361,20 +373,30 @@ def _cells_of(job: Job, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _records_in(job: Job, number: int, low: np.ndarray,
-                high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
-    """(rows, records) of the points of a file in a box, and of some beyond it."""
-    scan, scale = job.scan(number), job.options.scale[:2]
+                high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:  # fmt: skip
+    """(rows, records, whether other files may have the point too) of the points of a file in a box, and some beyond."""
+    scan, scale, with_index = job.scan(number), job.options.scale[:2], ~np.isnan(job.boxes[:, 0])
     if job.files[number].box:
         # A quotient may be rounded inwards, so that a point on the edge would be missing.
-        yield copc.records_in(scan, np.nextafter(low / scale, -np.inf), np.nextafter(high / scale, np.inf))
+        rows, records = copc.records_in(scan, np.nextafter(low / scale, -np.inf), np.nextafter(high / scale, np.inf))
+        yield rows, records, np.full(len(rows), len(job.files) > 1)
         return
     entries = job.tiles.entries(*_cells_of(job, low, high))
-    entries = entries[entries["file"] == number]
-    for some in np.split(entries, np.flatnonzero(np.diff(np.cumsum(entries["count"]) // _AT_ONCE)) + 1):
-        yield job.tiles.read(some, scan.record_size)
+    # A cell with points of one file alone shares none, unless there are files with an index, which have no cells.
+    shared = np.full(len(entries), with_index.any())
+    is_next = (np.diff(entries["x"]) == 0) & (np.diff(entries["y"]) == 0)
+    is_other = is_next & (np.diff(entries["file"]) != 0)
+    bounds = np.flatnonzero(np.append(True, ~is_next)) if len(entries) else np.empty(0, np.int64)
+    of_cell = np.logical_or.reduceat(np.append(is_other, False), bounds) if len(entries) else shared
+    shared |= np.repeat(of_cell, np.diff(bounds, append=len(entries)))
+    mine = entries["file"] == number
+    entries, shared = entries[mine], shared[mine]
+    ends = np.flatnonzero(np.diff(np.cumsum(entries["count"]) // _AT_ONCE)) + 1
+    for some, are_shared in zip(np.split(entries, ends), np.split(shared, ends), strict=True):
+        yield *job.tiles.read(some, scan.record_size), np.repeat(are_shared, some["count"])
 
 
-def _piece(job: Job, number: int, rows: np.ndarray, records: np.ndarray, low: np.ndarray,
+def _piece(job: Job, number: int, rows: np.ndarray, records: np.ndarray, shared: np.ndarray, low: np.ndarray,
            high: np.ndarray) -> _Piece:  # fmt: skip
     """The points of records of a file that lie in a box and are in the input of the network."""
     options, scan = job.options, job.scan(number)
@@ -394,7 +416,7 @@ def _piece(job: Job, number: int, rows: np.ndarray, records: np.ndarray, low: np
         if name in request.fields:
             identity[:, column] = content.fields[name][kept]
     colors = content.colors[kept] if "color" in job.model.settings.data.features else None
-    return _Piece(number, points[kept], rows[kept], fields, colors, identity)
+    return _Piece(number, points[kept], rows[kept], fields, colors, identity, shared[kept])
 
 
 def places_taken_twice(points: np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 MANIFEST, SUMMARY, PICTURE, PROBABILITIES = "segment.json", "summary.json", "overview.png", "probabilities.zarr"
 _FORMAT = 1  # of the manifest and of the results of groups
 _INTERPRETER = 250 << 20  # bytes of a worker with its libraries, before a model
-_MOST_IN_GROUP = 4_000_000  # points: what a killed worker repeats takes a minute or two
+_MOST_IN_GROUP = 8_000_000  # points: what a killed worker repeats takes a minute or two
 _TASKS_OF_WORKER = 6  # groups for each worker at least, so that none is idle at the end
 _FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # errors of the disk rather than of a file
 
@@ -584,10 +584,14 @@ class _Run:
         squares = _squares(count, size.lattices)
         blocks.check_blocks(size, int(count.points.sum()), int(np.count_nonzero(squares.points)))
         in_block = squares.points.max() * (1 + 2 * size.halo / size.side) ** 2
-        of_block = int(in_block * blocks.bytes_per_point(model))
         per_point = groups.bytes_per_point(model)
         of_worker = self._memory_of_worker(engine, memory)
-        fixed = _INTERPRETER + _model_bytes(model) + of_block
+        fixed = _INTERPRETER + _model_bytes(model)
+        threads = min(one.threads for one in self.machines)
+        together = blocks.at_once(model, in_block, (of_worker - fixed) / 2, threads)
+        of_one = in_block * (blocks.bytes_per_point(model, 1) if together > 1 else blocks.bytes_per_point(model))
+        fixed += int(together * of_one)
+        self.job.blocks_at_once = together
         fits = (of_worker - fixed) / per_point
         limit = min(fits, _MOST_IN_GROUP)
         if not engine.is_here:
