@@ -257,6 +257,12 @@ def _path(text: str) -> Path:
     return expanded(text)
 
 
+def _name(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a name, got an empty one")
+    return text
+
+
 def _names(text: str) -> list[str]:
     if not text.split():
         raise argparse.ArgumentTypeError('expected names such as "x y z intensity", got none')
@@ -588,7 +594,9 @@ def parser() -> argparse.ArgumentParser:
         "--keep", type=_labels, default=(), metavar="LABELS",
         help="points that have one of these labels keep it, such as 7,9,18: noise, water and high noise",
     )  # fmt: skip
-    segment.add_argument("--into", metavar="NAME", help="write the labels to this field instead of the usual one")
+    segment.add_argument(
+        "--into", type=_name, metavar="NAME", help="write the labels to this field instead of the usual one"
+    )
     segment.add_argument(
         "--confidence", action="store_true", help="add a field confidence, the probability of the label in percent"
     )
@@ -1073,7 +1081,12 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
         f"--{name}" for name in ("around", "together", "workers", "dask", "probabilities", "scratch")
         if getattr(args, name) not in (None, False)
     ]  # fmt: skip
-    args.around = [Path(name) for pattern in args.around or () for name in filenames.matching(pattern)]
+    labelled = {os.path.realpath(source) for source in sources}
+    around = [Path(name) for pattern in args.around or () for name in filenames.matching(pattern)]
+    args.around = [other for other in around if os.path.realpath(other) not in labelled]  # a folder has both
+    for other in args.around:
+        if not other.exists():
+            raise Refused(f"--around: {other}: no such file or folder")
     if why_not := _why_no_survey(args, model, sources):
         if asked:
             raise Refused(f"{asked[0]}: only valid for a survey, or a scan that is labelled in parts: {why_not}")
@@ -1192,12 +1205,14 @@ def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Pa
         for note in one.notes:
             detail(f"{one.source}: {note}")
     seconds = survey.seconds["all"]
-    say(f"{counted(len(files), 'file')}: {counted(sum(one.points for one in survey.files), 'point')}"
-        f"{_cost(survey, args.resume)}",
-        *_lines(survey.counts), *survey.notes)  # fmt: skip
-    if survey.scores is not None:
-        say(_scores("compared with the labels in the files", survey.scores, model.settings.classifies))
-        say(*_confusion_lines(model.settings.names, survey.confusion))
+    if files:
+        lines = [f"{counted(len(files), 'file')}: {counted(sum(one.points for one in survey.files), 'point')}"
+                 f"{_cost(survey, args.resume)}", *_lines(survey.counts), *survey.notes]  # fmt: skip
+        if survey.scores is not None:
+            lines += _comparison(model, survey.scores, survey.confusion, sum(one.points for one in survey.files))
+            lines += _confusion_lines(model.settings.names, survey.confusion)
+        for line in lines:
+            print_line(line)
     failed = [{"file": file, "error": error} for file, error in survey.failed.items()]
     return {
         "files": files, "failed": failed, "skipped": [], "classes": model.settings.names, "counts": survey.counts,
@@ -1205,6 +1220,17 @@ def _segment_survey(args: argparse.Namespace, model: Model, sources: Sequence[Pa
         "points_per_second": survey.points / max(seconds, 1e-9), "peak_memory": survey.peak_memory,
         "groups": survey.groups, "close": survey.close, "notes": survey.notes,
     }  # fmt: skip
+
+
+def _comparison(model: Model, scores: Scores, confusion: np.ndarray, points: int) -> list[str]:
+    """The scores against the labels in files, and at how many of their points there are such labels."""
+    compared = int(confusion.sum())
+    lines = [_scores("compared with the labels in the files", scores, model.settings.classifies)]
+    if compared < points:
+        lines.append(
+            f"compared at {compared:,} of {counted(points, 'point')}; the labels of the others are of no class"
+        )
+    return lines
 
 
 def _cost(survey: Survey, is_resumed: bool) -> str:
@@ -1226,6 +1252,8 @@ def _copies(args: argparse.Namespace) -> dict[Path, Path] | None:
     sources = []
     for file in args.files:
         names = filenames.matching(file)
+        if names == [str(file)] and not file.exists():
+            raise Refused(f"{file}: no such file or folder")
         sources += map(Path, names)
         if names != [str(file)]:
             detail(f"{file}: {len(names)} scans")

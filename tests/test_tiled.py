@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import copc_files
 import numpy as np
 import pytest
 
@@ -64,7 +65,8 @@ def small_groups(monkeypatch):
 
 
 def label(folder, name, out, **options):
-    sources = sorted((folder / name).iterdir()) if (folder / name).is_dir() else [folder / name]
+    path = folder / name
+    sources = sorted(path.iterdir()) if path.is_dir() else path
     return tiled.segment_tiles(folder / "model.safetensors", sources, out, confidence=True, **options)
 
 
@@ -111,14 +113,12 @@ def test_dask_labels_alike(folder, tmp_path, small_groups):
 
 
 def test_copc_by_bounds(folder, tmp_path, small_groups):
-    from copc_files import copc
-
     (tmp_path / "in").mkdir()
     for tile in sorted((folder / "four").iterdir()):
         scan = scans.opened(tile)
         x, y, z = scan.dimensions[:3]
         records = np.concatenate([records for _, records in scans.records(scan)])
-        content = copc(records, scan.point_format, x.scale, (x.offset, y.offset, z.offset))
+        content = copc_files.copc(records, scan.point_format, x.scale, (x.offset, y.offset, z.offset))
         (tmp_path / "in" / f"{tile.stem}.copc.laz").write_bytes(content)
     shutil.copy(folder / "model.safetensors", tmp_path)
     first = sorted((tmp_path / "in").iterdir())[0]
@@ -287,5 +287,64 @@ def test_files_around_are_input_alone(folder, tmp_path, small_groups):
     again = {"around": tiles[1:], "confidence": True, "resume": True, "report": lines.append}
     tiled.segment_tiles(folder / "model.safetensors", tiles[:1], tmp_path / "one", **again)
     assert lines == ["the 1 file is done already"]
-    with pytest.raises(ValueError, match=r"around: expected .* each once, got"):
-        tiled.segment_tiles(folder / "model.safetensors", tiles, tmp_path / "two", around=tiles[1:])
+    folder_of_all = {"around": folder / "four", "confidence": True}
+    tiled.segment_tiles(folder / "model.safetensors", tiles[0], tmp_path / "two", **folder_of_all)
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+    with pytest.raises(ValueError, match=r"around: expected LAS, LAZ and COPC files, got .*none\.laz"):
+        tiled.segment_tiles(folder / "model.safetensors", tiles, tmp_path / "two", around=[folder / "none.laz"])
+
+
+def test_resume_with_other_files(folder, tmp_path, small_groups, monkeypatch):
+    """Results of an interrupted run hold for the points of a file, whatever its place in the list."""
+    tiles, out = sorted((folder / "four").iterdir()), tmp_path / "out"
+    model, write, written = folder / "model.safetensors", checkpoints.write, []
+
+    def write_some(path, *rest):
+        if len(written) == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written.append(path)
+        write(path, *rest)
+
+    for files in (tiles[1:], tiles[::-1], tiles[:1] + tiles[2:]):
+        shutil.rmtree(out, ignore_errors=True)
+        written.clear()
+        monkeypatch.setattr(checkpoints, "write", write_some)
+        with pytest.raises(OSError, match="No space left"):
+            tiled.segment_tiles(model, tiles, out, confidence=True)
+        monkeypatch.setattr(checkpoints, "write", write)
+        tiled.segment_tiles(model, files, out, confidence=True, resume=True)
+        tiled.segment_tiles(model, files, tmp_path / "fresh", confidence=True)
+        names = {file.name for file in files}
+        for name in names:
+            assert (out / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+        shutil.rmtree(tmp_path / "fresh")
+
+
+def test_colours_of_16_bits_that_are_no_feature(folder, tmp_path):
+    rng = np.random.default_rng(0)
+    points = np.round(rng.uniform((0, 0, 0), (30, 30, 4), (4000, 3)), 2) + np.array([155_000, 463_000, 0])
+    colors = rng.integers(0, 65_536, (4000, 3))
+    content = copc_files.las(copc_files.records(points, offset=(155_000.0, 463_000.0, 0.0), colors=colors),
+                             offset=(155_000.0, 463_000.0, 0.0))  # fmt: skip
+    (tmp_path / "a.las").write_bytes(content)
+    survey = label(folder, tmp_path / "a.las", tmp_path / "out")
+    assert not survey.failed
+    segmentation.segment(Model.load(folder / "model.safetensors"), tmp_path / "a.las", tmp_path / "b.las",
+                         confidence=True)  # fmt: skip
+    assert (tmp_path / "out" / "a.las").read_bytes() == (tmp_path / "b.las").read_bytes()
+
+
+def test_a_model_that_is_replaced_does_not_change_under_its_workers(folder, tmp_path):
+    """The file in the folder of the job is mapped by workers: it gets another inode, not another content."""
+    from kpcore.pipeline.model import kept
+
+    run = tiled._Run(Model.load(folder / "model.safetensors"), folder / "model.safetensors", {}, tmp_path, None, "dark",
+                     print, None)  # fmt: skip
+    run.job = groups.Job(tmp_path / "job", [], groups.Options([], None), [0, 0], [1, 1])
+    run.folder = tmp_path / "job"
+    run._make_folder(None)
+    run.open_files.close()
+    before = os.stat(run.job.model_path).st_ino, kept(run.job.model_path)
+    run._make_folder({})
+    assert os.stat(run.job.model_path).st_ino != before[0]
+    run.open_files.close()

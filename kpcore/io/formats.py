@@ -297,7 +297,7 @@ def label_field(source: str | os.PathLike[str], out: str | os.PathLike[str], num
     if len(values) and not (field.smallest <= np.min(values) and np.max(values) <= field.largest):
         low, high = np.min(values), np.max(values)
         limits = f"{field.name} holds {field.smallest} to {field.largest}"
-        advice = "name another or a new field with into="
+        advice = "name another or a new field (into=, --into)"
         raise ReadError(f"{source}: {limits}, got labels {low} to {high}; {advice}")
     return field._replace(extra=kinds)
 
@@ -448,8 +448,8 @@ def why_no_pieces(source: str | os.PathLike[str], out: str | os.PathLike[str]) -
     name = before[1:].upper()
     if is_read:
         copy, other = name if before in WRITERS else "PLY", after[1:].upper()
-        return f"a {name} is not labelled in parts as a {other}: write a {copy} and kpcore convert it"
-    return f"a {name} is not labelled in parts: kpcore convert {source.name} {source.stem}.laz makes a file that is"
+        return f"a {name} is not labelled in parts as a {other}: write a {copy}"
+    return f"a {name} is not labelled in parts: write it as a LAZ or a PLY first"
 
 
 def write_pieces(field: LabelField, source: str | os.PathLike[str], out: str | os.PathLike[str],

@@ -62,6 +62,11 @@ class Source:
         """Is another one if the file changes."""
         return f"{self.path}:{self.size}:{self.modified}"
 
+    @property
+    def name(self) -> str:
+        """Of the file in results, which hold for other lists of files too."""
+        return hashed(self.key)[:24]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -72,7 +77,7 @@ class Options:
     ignore: list[int | str] = field(default_factory=list)
     drop_zeros: bool = False
     scale: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
-    wide_colors: bool = False  #: whether colours have 16 bits in all files
+    wide_colors: bool | None = None  #: whether colours have 16 bits in all files; None: they are no feature
     lattices: int = 2
     keep: list[int] = field(default_factory=list)
     into: str | None = None
@@ -275,13 +280,13 @@ def _write(job: Job, cells: Cells, points: Points, place: np.ndarray, labelled: 
         if not (whole.any() or part.any()):
             continue
         shares = total[at[whole]] / lattices
-        arrays[str(number)] = {
+        arrays[name := job.files[number].name] = {
             "rows": rows[whole], "classes": shares.argmax(axis=1).astype(dtype), "confidence": shares.max(axis=1),
             "part_rows": rows[part], "part_total": total[at[part]],
             "close": np.array([np.count_nonzero(are_close(shares))]),
         }  # fmt: skip
         if job.options.probabilities:
-            arrays[str(number)]["probabilities"] = shares
+            arrays[name]["probabilities"] = shares
     path = result_path(job, cells)
     path.parent.mkdir(exist_ok=True)
     checkpoints.write(path, arrays, about)
@@ -299,12 +304,18 @@ def inputs_of(job: Job, cells: Cells, without: Collection[int] = ()) -> str:
     """Says which files' points are in the input of a group; another one if one of them changes."""
     margin = margin_of(job.model)
     low, high = box_of(cells, job.model.block_size.side, job.options.lattices)
-    return inputs_digest(job.files[number] for number in files_in(job, low - margin, high + margin, without))
+    return inputs_digest(job, files_in(job, low - margin, high + margin, without))
 
 
-def inputs_digest(files: Iterable[Source]) -> str:
-    """Another one if a file changes."""
-    return hashlib.sha256("\n".join(source.key for source in files).encode()).hexdigest()
+def inputs_digest(job: Job, numbers: Iterable[int]) -> str:
+    """Another one if one of these files changes, or how they are read."""
+    keys = sorted(job.files[number].key for number in numbers)
+    return hashed("\n".join([f"wide colours: {job.options.wide_colors}", *keys]))
+
+
+def hashed(text: str) -> str:
+    """The SHA-256 of a text; paths may have bytes that are no UTF-8."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def bytes_per_point(model: Model) -> int:

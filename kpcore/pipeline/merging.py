@@ -49,7 +49,7 @@ class Results:
         self.keeps_probabilities, self._parts, self.close = job.options.probabilities is not None, [], 0
         for one in cells:
             path = groups.result_path(job, one)
-            if (of_file := _of_group(str(path), os.stat(path).st_mtime_ns).get(str(number))) is not None:
+            if (of_file := _of_group(str(path), os.stat(path).st_mtime_ns).get(job.files[number].name)) is not None:
                 self._parts.append(of_file)
                 self.close += int(of_file["close"][0])
 
@@ -151,12 +151,12 @@ def write_file(job: Job, number: int, cells: Sequence[Cells], made_of: str) -> d
         raise
     folder = job.folder / "files"
     folder.mkdir(exist_ok=True)
-    overview.save(folder / f"{number}.npz")
+    overview.save(folder / f"{source.name}.npz")
     about = {
         "counts": counts.tolist(), "confusion": matrix.tolist() if has_labels else None, **notes,
         "close": results.close, "made_of": made_of, "size": os.stat(source.out).st_size,
         "warnings": differs,
     }  # fmt: skip
-    with replacing(folder / f"{number}.json") as part:
+    with replacing(folder / f"{source.name}.json") as part:
         part.write_text(json.dumps(about))
     return about

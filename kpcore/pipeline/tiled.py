@@ -13,7 +13,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import platform
 import shutil
@@ -24,7 +23,7 @@ import warnings
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -53,6 +52,8 @@ if TYPE_CHECKING:
 
     from kpcore.io.scans import Scan
     from kpcore.pipeline.engines import Engine
+
+Paths: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
 
 MANIFEST, SUMMARY, PICTURE, PROBABILITIES = "segment.json", "summary.json", "overview.png", "probabilities.zarr"
 _FORMAT = 1  # of the manifest and of the results of groups
@@ -90,9 +91,8 @@ class Survey(NamedTuple):
     close: int  #: points with two classes within 1e-4: those that a GPU may label otherwise
 
 
-def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str | os.PathLike[str]],
-                  out: str | os.PathLike[str], *, around: Sequence[str | os.PathLike[str]] = (),
-                  memory: int | None = None,
+def segment_tiles(model: Model | str | os.PathLike[str], sources: Paths, out: str | os.PathLike[str], *,
+                  around: Paths = (), memory: int | None = None,
                   scratch: str | os.PathLike[str] | None = None, resume: bool = False, workers: int = 0,
                   dask: str | None = None, client: Any = None, executor: Executor | None = None,
                   format: str | None = None, keep: Sequence[int] = (), into: str | None = None,
@@ -109,14 +109,15 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
     Parameters
     ----------
     model : Model or path
-    sources : sequence of path
-        Files of one survey, in one unit. They are not changed.
+    sources : path or sequence of path
+        Files of one survey, in one unit, folders and patterns. They are not changed.
     out : path
         A folder for the copies, with the names of the files; a COPC becomes a plain LAZ. Also ``summary.json``, and
         ``overview.png`` if matplotlib is installed. For one file also the name of its copy, with an extension; see
         `kpcore.io.formats.why_no_pieces` for those that there can be.
-    around : sequence of path
-        Further files of the survey, of which the points near `sources` are in the input, and which are not labelled.
+    around : path or sequence of path
+        Further files of the survey, folders and patterns, of which the points near `sources` are in the input, and
+        which are not labelled; `sources` among them are labelled.
     memory : int, optional
         Bytes that this process and its workers may take; half of what is free by default. It decides how many blocks
         are read together, not the result.
@@ -179,11 +180,14 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
     path = None if isinstance(model, Model) else Path(model)
     model = Model.load(path) if path else model
     chosen_method(model, "blocks")
+    sources, around = _listed_files(sources), _listed_files(around)
     copies: dict[Path, Path | None] = {**copies_of(sources, out, format)}
+    labelled = {os.path.realpath(source) for source in copies}
     for other in map(Path, around):
-        if other in copies or other.suffix.lower() not in scans.EXTENSIONS:
-            raise ValueError(f"around: expected LAS, LAZ and COPC files besides sources, each once, got {other}")
-        copies[other] = None
+        if other.suffix.lower() not in scans.EXTENSIONS or not other.exists():
+            raise ValueError(f"around: expected LAS, LAZ and COPC files, got {other}")
+        if os.path.realpath(other) not in labelled:  # as those of a folder are
+            copies[other] = None
     run = _Run(model, path, copies, Path(out), scratch, theme, say, watch)
     with _engine(workers, dask, client, executor, memory) as engine, run.refused():
         run.prepare(
@@ -193,6 +197,12 @@ def segment_tiles(model: Model | str | os.PathLike[str], sources: Sequence[str |
         if not run.is_complete:
             run.label(engine)
     return run.finish(begin)
+
+
+def _listed_files(names: Paths) -> list[str]:
+    """The files that names, of files, folders and patterns, stand for."""
+    names = [names] if isinstance(names, (str, os.PathLike)) else names
+    return [file for name in names for file in filenames.matching(name)]
 
 
 def _engine(workers: int, dask: str | None, client: Any, executor: Executor | None, memory: int | None) -> Engine:
@@ -253,12 +263,16 @@ class _Run:
         self.watch = watch or (lambda what, done, note: None)
         self.is_alone = self.out != out
         name = f"{out.stem}.segment" if self.is_alone else "segment"
-        self.folder = Path(scratch or self.out).absolute() / f".{name}-{_hashed(str(self.out.absolute()))[:8]}"
+        self.folder = Path(scratch or self.out).absolute() / f".{name}-{groups.hashed(os.path.realpath(self.out))[:8]}"
         self.failed: dict[int, str] = {}  # why a file cannot be labelled, by its number
         self.scans: dict[int, Scan] = {}
         self.seconds = {"tiling": 0.0, "reading": 0.0, "labelling": 0.0, "writing": 0.0}
         self.peaks: dict[tuple[str, int], int] = {}
         self.points, self.is_new, self.has_begun, self.open_files = 0, False, False, ExitStack()
+
+    def _beside(self, name: str) -> str:
+        """The name of a result beside the copies, with that of the copy where it is a file by itself."""
+        return f"{self.manifest_path.name.partition('.segment.json')[0]}.{name}" if self.is_alone else name
 
     # ---- before the work
 
@@ -291,10 +305,12 @@ class _Run:
             raise ValueError(f"unclassified: expected a probability above 0, at most 1, got {unclassified}")
         if probabilities:
             config.require("zarr", "zarr")
-        store = str((self.out / PROBABILITIES).absolute()) if probabilities else None
+        store = None
+        if probabilities:
+            store = str(self.manifest_path.absolute().with_name(self._beside(PROBABILITIES)))
         options = Options(
             self._fields(), self.model.settings.data.label, [*self.model.settings.data.ignore, *ignore],
-            self.model.settings.data.drop_zeros, factors, False, self.model.block_size.lattices, [*keep], into,
+            self.model.settings.data.drop_zeros, factors, None, self.model.block_size.lattices, [*keep], into,
             confidence, unclassified, store,
         )  # fmt: skip
         self.machines = engine.machines()
@@ -306,17 +322,21 @@ class _Run:
         self.out.mkdir(parents=True, exist_ok=True)
         earlier = self._earlier(options) if resume else None
         self.earlier = earlier or {}
-        if earlier and Path(earlier["scratch"]).is_dir():
+        if earlier and isinstance(earlier.get("scratch"), str) and Path(earlier["scratch"]).is_dir():
             self.folder = Path(earlier["scratch"])
         self.job = Job(self.folder, self.files, options, low[:2].tolist(), high[:2].tolist())
+        self.job.__dict__["model"] = self.model
         if self._is_complete():
             number = len(self.written)
             self.say(f"the {counted(number, 'file')} {'are' if number > 1 else 'is'} done already")
             return
         self._make_folder(earlier)
-        for number in self.scans:
+        for number in [*self.scans]:
             if self.files[number].out:
-                merging.field_of(self.job, number)
+                try:
+                    merging.field_of(self.job, number)
+                except ReadError as error:
+                    self._leave_out(number, error)
         self._check_disk()
         if not self._has_cells(earlier):
             self._sort(engine, memory)
@@ -331,6 +351,8 @@ class _Run:
                 data = self.model.settings.data
                 scan = scans.opened(os.path.abspath(source), data.columns)
                 check_projected(source, scan.reference)
+                if scan.is_copc:
+                    copc.nodes(scan)
                 if scan.low is None:
                     is_named = data.label and name_index(scan.names, data.label) is not None
                     scan = scans.measured(scan, data.label if is_named else None)
@@ -358,8 +380,7 @@ class _Run:
                 if "color" in settings.data.features and not scan.has_colors:
                     raise ReadError(f"{scan.path}: has no colours, but color is one of the features")
             except ReadError as error:
-                self.failed[number] = str(error)
-                del self.scans[number]
+                self._leave_out(number, error)
                 continue
             for name in unused:
                 unused_field = f"its field {name} is not used, since the feature {name} is computed"
@@ -371,9 +392,14 @@ class _Run:
                 raise ValueError(f"sources: expected the same fields in all files of a survey, got {_words(fields)} in "
                                  f"{first.path} and {_words(types)} in {scan.path}")  # fmt: skip
         _warn(warned)
-        if fields is None:
-            raise ReadError(next(iter(self.failed.values())))
         return [name for name, _ in fields]
+
+    def _leave_out(self, number: int, error: ReadError) -> None:
+        """List a file as failed; an error if there is no other."""
+        self.failed[number] = str(error)
+        del self.scans[number]
+        if not self.scans:
+            raise error
 
     def _source(self, number: int, source: Path, copy: Path | None) -> Source:
         scan, box, out = self.scans.get(number), None, os.path.abspath(copy) if copy else ""
@@ -447,11 +473,13 @@ class _Run:
 
     def _is_complete(self) -> bool:
         """Whether an earlier run has labelled these files, and the copies are there."""
-        done, wanted = self.earlier.get("files", {}), [source for source in self.files if source.out]
+        done, wanted = self.earlier_files(), [source for source in self.files if source.out]
         self.is_complete = self.earlier.get("state") == "done" and {*done} == {source.key for source in wanted}
         self.is_complete &= self.earlier.get("around") == self._around()
-        self.is_complete &= all(_size(source.out) == done[source.key]["size"] for source in wanted
-                                if source.key in done)  # fmt: skip
+        self.is_complete &= all(
+            _size(source.out) == done[source.key]["size"] and self._has_probabilities(source)
+            for source in wanted if source.key in done
+        )  # fmt: skip
         if self.is_complete:
             self.written = {number: done[source.key] for number, source in enumerate(self.files) if source.out}
             self.abouts, self.groups = {}, []
@@ -469,7 +497,8 @@ class _Run:
         self._lock()
         self.is_new = not earlier  # after the lock: the folder of another run that is at work stays
         if self.model_path:
-            shutil.copyfile(self.model_path, self.job.model_path)
+            with replacing(self.job.model_path) as part:  # workers of an earlier run may still have the file mapped
+                shutil.copyfile(self.model_path, part)
         else:
             model = self.model
             nn.save(self.job.model_path, model.net, model.params, model.state, **model.about())
@@ -503,10 +532,10 @@ class _Run:
             state = json.loads((self.folder / "cells.json").read_text())
         except (OSError, ValueError):
             return False
-        if not earlier or state["files"] != [source.key for source in self.files]:
+        expected = {"files": [source.key for source in self.files], "sizes": tiles.sizes(self.folder / "cells")}
+        if not earlier or not isinstance(state, dict) or any(state.get(name) != expected[name] for name in expected):
             return False
-        self.failed |= {int(number): reason for number, reason in state["failed"].items()}
-        self.job.options = replace(self.job.options, wide_colors=state["wide_colors"])
+        self.job.options = replace(self.job.options, wide_colors=state.get("wide_colors"))
         return True
 
     def _sort(self, engine: Engine, memory: int | None) -> None:
@@ -541,12 +570,13 @@ class _Run:
         self.failed |= failed
         if needs_colors and not widest:
             raise ReadError(f"{self.files[0].path}: its colours are all 0, but color is one of the features")
-        self.job.options = replace(self.job.options, wide_colors=widest > 255)
-        with replacing(self.folder / "cells.json") as part:
-            part.write_text(json.dumps({
-                "files": [source.key for source in self.files], "failed": failed,
-                "wide_colors": self.job.options.wide_colors,
-            }))  # fmt: skip
+        self.job.options = replace(self.job.options, wide_colors=widest > 255 if needs_colors else None)
+        if not failed:  # else they are read again by a run that goes on: it may have been the storage
+            with replacing(self.folder / "cells.json") as part:
+                part.write_text(json.dumps({
+                    "files": [source.key for source in self.files], "sizes": tiles.sizes(self.folder / "cells"),
+                    "wide_colors": self.job.options.wide_colors,
+                }))  # fmt: skip
         self.seconds["tiling"] = time.perf_counter() - begin
 
     def _memory(self, memory: int | None) -> int:
@@ -583,7 +613,8 @@ class _Run:
         margin = groups.margin_of(model)
         squares = _squares(count, size.lattices)
         blocks.check_blocks(size, int(count.points.sum()), int(np.count_nonzero(squares.points)))
-        in_block = squares.points.max() * (1 + 2 * size.halo / size.side) ** 2
+        all_points = count.points.sum()
+        in_block = min(all_points, squares.points.max() * (1 + 2 * size.halo / size.side) ** 2)
         per_point = groups.bytes_per_point(model)
         of_worker = self._memory_of_worker(engine, memory)
         fixed = _INTERPRETER + _model_bytes(model)
@@ -596,10 +627,12 @@ class _Run:
         limit = min(fits, _MOST_IN_GROUP)
         if not engine.is_here:
             limit = min(limit, max(count.points.sum() / (_TASKS_OF_WORKER * engine.workers), squares.points.max()))
-        if fits >= self.earlier.get("limit", math.inf):  # the same groups as before, of which some are done
-            limit = self.earlier["limit"]
+        before = self.earlier.get("limit")
+        if isinstance(before, (int, float)) and fits >= before > 0:  # the same groups as before, of which some are done
+            limit = before
         self.limit = limit
         self.groups, largest = _divided(squares, limit, margin / size.side, size.lattices)
+        largest = min(largest, all_points)
         needs = fixed + int(largest * per_point)
         price = (1 + 2 * size.halo / size.side) ** 2
         number = size.lattices * np.count_nonzero(squares.points)
@@ -607,7 +640,7 @@ class _Run:
                  f"{size.halo:g}, which put each point {size.lattices * price:.3g} times into the network, in "
                  f"{counted(len(self.groups), 'group')}")  # fmt: skip
         self.say(f"{engine.description}: the largest block has some {int(in_block):,} points, the largest group "
-                 f"{int(largest):,}; a worker needs some {_bytes(needs)} of {_bytes(of_worker)}")  # fmt: skip
+                 f"{int(largest):,}; a worker needs some {_bytes(needs)} and may take {_bytes(of_worker)}")  # fmt: skip
         if needs > of_worker:
             number, advice = engine.workers, "fewer workers, or " if engine.workers > 1 else ""
             total, got, workers = needs, of_worker, "" if engine.is_here else " for each worker"
@@ -671,7 +704,7 @@ class _Run:
             pass
 
     def _inputs(self, group: int) -> str:
-        return groups.inputs_digest(self.files[number] for number in self.reads[group] if number not in self.failed)
+        return groups.inputs_digest(self.job, (number for number in self.reads[group] if number not in self.failed))
 
     def _result(self, group: int) -> dict[str, Any] | None:
         """What is known of a group that is done, with these files as its input; None if it is not."""
@@ -683,15 +716,26 @@ class _Run:
 
     def _made_of(self, number: int) -> str:
         """Says which results the copy of a file is made of."""
-        return _hashed("".join(f"{self.groups[group]}{self.inputs[group]}" for group in self.groups_of[number]))
+        return groups.hashed("".join(f"{self.groups[group]}{self.inputs[group]}" for group in self.groups_of[number]))
 
     def _already_written(self, number: int) -> dict[str, Any] | None:
+        source = self.files[number]
         try:
-            about = json.loads((self.folder / "files" / f"{number}.json").read_text())
+            about = json.loads((self.folder / "files" / f"{source.name}.json").read_text())
         except (OSError, ValueError):
-            about = self.earlier.get("files", {}).get(self.files[number].key)
-        is_done = about and (about["made_of"], about["size"]) == (self._made_of(number), _size(self.files[number].out))
-        return about if is_done else None
+            about = self.earlier_files().get(source.key)
+        if not isinstance(about, dict) or not {*merging.ABOUT} <= about.keys():
+            return None
+        is_done = (about["made_of"], about["size"]) == (self._made_of(number), _size(source.out))
+        return about if is_done and self._has_probabilities(source) else None
+
+    def earlier_files(self) -> dict[str, Any]:
+        """What an earlier run says of the copies that it has written, by key of the file."""
+        files = self.earlier.get("files")
+        return files if isinstance(files, dict) else {}
+
+    def _has_probabilities(self, source: Source) -> bool:
+        return not self.job.options.probabilities or self.job.store.is_complete(source.path)
 
     def _is_ready(self, number: int) -> bool:
         return all(group in self.abouts for group in self.groups_of[number])
@@ -725,18 +769,27 @@ class _Run:
         for what, seconds in outcome["seconds"].items():
             self.seconds[what] += seconds
         if kind == "file":
-            if number in self.groups_of and outcome["made_of"] == self._made_of(number):
-                self.written[number] = outcome
             self._tell(outcome)
-            return []
+            if number not in self.groups_of:
+                return []
+            if outcome["made_of"] == self._made_of(number):
+                self.written[number] = outcome
+                return []
+            # Of results that hold no longer; it may have replaced a later copy.
+            self.written.pop(number, None)
+            self.asked.discard(number)
+            return self._files_that_are_ready([number])
         if outcome["inputs"] != self.inputs[number]:  # a file has failed meanwhile, and the group waits again
             return []
         self.abouts[number] = outcome
         self.points += outcome["points"]
         self.done_points += self.points_of[number]
         self._tell(outcome)
+        return self._files_that_are_ready(self.touches[number])
+
+    def _files_that_are_ready(self, numbers: Sequence[int]) -> list[tuple[Any, ...]]:
         tasks = []
-        for one in self.touches[number]:
+        for one in numbers:
             if one in self.groups_of and one not in self.asked and self._is_ready(one):
                 self.asked.add(one)
                 tasks.append(self._task_of_file(one))
@@ -813,7 +866,13 @@ class _Run:
             for number, about in self.written.items()
         }
         self._write_manifest(
-            {"state": "incomplete" if failed else "done", "failed": failed, "files": abouts, "around": self._around()}
+            {
+                "state": "incomplete" if failed else "done",
+                "failed": failed,
+                "warnings": messages,
+                "files": abouts,
+                "around": self._around(),
+            }
         )
         merging.close_results()
         if failed:
@@ -825,6 +884,8 @@ class _Run:
     def _differences(self) -> list[str]:
         """How the input differs from that of the training."""
         training = self.model.statistics
+        if self.is_complete:
+            return [*map(str, self.earlier.get("warnings") or ())]
         if not training or not self.abouts:
             return []
         observed, spacings = statistics.Observed(self.model.columns, training), []
@@ -854,12 +915,16 @@ class _Run:
     def _draw(self, survey: Survey) -> None:
         if self.is_alone or not self.written:
             return
-        paths = [self.folder / "files" / f"{number}.npz" for number in self.written]
+        paths = [self.folder / "files" / f"{self.files[number].name}.npz" for number in self.written]
         if importlib.util.find_spec("matplotlib") is None or not all(path.exists() for path in paths):
             return
         whole = Overview.load(paths[0])
         for path in paths[1:]:
-            whole.merge(Overview.load(path))
+            other = Overview.load(path)
+            if not np.array_equal([other.low, other.high], [whole.low, whole.high]):
+                self.say(f"{PICTURE} is not drawn: the survey had another extent when {path.stem} was labelled")
+                return
+            whole.merge(other)
         scale = np.array(self.job.options.scale)
         boxes = [(Path(scan.path).stem, np.array(scan.low) * scale, np.array(scan.high) * scale)
                  for number, scan in self.scans.items() if number in self.written]  # fmt: skip
@@ -928,10 +993,6 @@ def _size(path: str) -> int | None:
         return os.stat(path).st_size
     except OSError:
         return None
-
-
-def _hashed(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _bytes(number: float) -> str:

@@ -113,6 +113,12 @@ def _sort_pieces(scan, number, side, scale, pieces, to_records, to_rows) -> np.n
     return entries
 
 
+def sizes(folder: Path) -> dict[str, int]:
+    """The sizes of the files that `build` wrote; those that are missing have none."""
+    paths = {name: folder / name for name in (_INDEX, _RECORDS, _ROWS)}
+    return {name: path.stat().st_size for name, path in paths.items() if path.exists()}
+
+
 class Tiles:
     """The cells that `build` wrote."""
 
