@@ -161,8 +161,6 @@ def test_several_files_that_are_no_survey(folder, tmp_path):
         ValueError, match=r"sources: expected one file, or LAS, LAZ and COPC files, got .*big\.ply among"
     ):
         tiled.segment_tiles(folder / "model.safetensors", [folder / "big.ply", folder / "little.ply"], tmp_path / "out")
-    with pytest.raises(
-        io.ReadError, match=r"little\.ply: a PLY is not labelled in parts as a NPZ: write a PLY and kpcore"
-    ):
+    with pytest.raises(io.ReadError, match=r"little\.ply: a PLY is not labelled in parts as a NPZ: write a PLY$"):
         tiled.segment_tiles(folder / "model.safetensors", [folder / "little.ply"], tmp_path / "out", format="npz")
     assert not [*tmp_path.iterdir()]
