@@ -237,22 +237,28 @@ def alive(process):
 def test_workers_end_with_the_process(tmp_path, number):
     """Also amid a task, and if it is killed; Ctrl-C reaches all processes of the terminal, and is told once."""
     script = ("import functools, sys, engine_tasks\nfrom kpcore.pipeline import engines\n"
-              "if __name__ == '__main__':\n    with engines.processes(2) as engine:\n"
+              "if __name__ == '__main__':\n"
+              "    import signal\n"  # tests may run in a shell that lets processes in the background ignore Ctrl-C
+              "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+              "    with engines.processes(2) as engine:\n"
               "        [*engine.run(functools.partial(engine_tasks.slow, sys.argv[1]), range(9))]\n")  # fmt: skip
     (tmp_path / "script.py").write_text(script)
     (tmp_path / "began").mkdir()
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with subprocess.Popen([sys.executable, "script.py", "began"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path},
                           stderr=subprocess.PIPE, text=True, start_new_session=True) as parent:  # fmt: skip
-        wait_until(lambda: len([*(tmp_path / "began").iterdir()]) == 2)
-        workers = [int(path.name.split("-")[1]) for path in (tmp_path / "began").iterdir()]
-        assert all(map(alive, workers))
-        if number == signal.SIGINT:
-            os.killpg(parent.pid, number)
-        else:
-            parent.kill()
-        wait_until(lambda: not any(map(alive, [parent.pid, *workers])))
-        assert number == signal.SIGKILL or parent.stderr.read().count("Traceback") == 1
+        try:
+            wait_until(lambda: len([*(tmp_path / "began").iterdir()]) == 2)
+            workers = [int(path.name.split("-")[1]) for path in (tmp_path / "began").iterdir()]
+            assert all(map(alive, workers))
+            if number == signal.SIGINT:
+                os.killpg(parent.pid, number)
+            else:
+                parent.kill()
+            wait_until(lambda: not any(map(alive, [parent.pid, *workers])))
+            assert number == signal.SIGKILL or parent.stderr.read().count("Traceback") == 1
+        finally:
+            parent.kill()  # else the end of the block would wait for it
 
 
 def wait_until(condition, seconds=30):
