@@ -326,6 +326,8 @@ def test_a_folder_of_scans_goes_on_after_one_that_fails(objects, command, model,
 
 
 def test_if_all_scans_fail_they_are_refused(objects, model, tiles, tmp_path):
+    for name in ("x.npz", "y.npz"):
+        (tmp_path / name).write_bytes(b"")
     code, result, err = objects("segment", model, tmp_path / "x.npz", tmp_path / "y.npz", "--out", tmp_path / "out")
     assert code == 2 and len(result["failed"]) == 2 and "2 of 2 files failed" in err
 

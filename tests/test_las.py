@@ -367,7 +367,7 @@ def test_labels_that_do_not_fit_are_refused_before_anything_is_written(write, tm
         (
             zeros + 32,
             {},
-            "a.las: classification holds 0 to 31, got labels 32 to 32; name another or a new field (into=, --into)",
+            r"a\.las: classification holds 0 to 31, got labels 32 to 32; name another or a new field \(into=, --into\)",
         ),
         (zeros - 1, {}, "holds 0 to 31, got labels -1 to -1"),
         (zeros + 2**31, {"into": "truth"}, "truth holds -2147483648 to 2147483647"),

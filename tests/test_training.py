@@ -844,11 +844,10 @@ def end(*args, **kwargs):
     assert [name for name in os.listdir() if "part" in name]
     os.kill(os.getpid(), signal.{name})
     raise KeyError("went on")
+os.fsync = end
 if {labels}:
-    np.lib.format.write_array = end
     segmentation.write_labels("a.npz", "b.npz", np.zeros(9, np.int32))
 else:
-    os.fsync = end
     checkpoints.write("b.safetensors", {{}}, {{}})
 """
 
@@ -1032,8 +1031,12 @@ def test_options_that_do_not_apply(command, trained, tmp_path):
     code, out, err = command("segment", model, "a.las", "--out", "b.las")
     assert (code, out) == (2, "") and "expected a network that labels points" in err
     model = trained[0] / "best.safetensors"
-    code, out, err = command("segment", model, "a.npz", "--out", tmp_path / "b.npz", "--picture", tmp_path / "no" / "p")
+    (tmp_path / "a.npz").write_bytes(b"")
+    words = ["segment", model, tmp_path / "a.npz", "--out", tmp_path / "b.npz", "--picture", tmp_path / "no" / "p"]
+    code, out, err = command(*words)
     assert (code, out) == (2, "") and "there is no folder" in err
+    code, out, err = command("segment", model, tmp_path / "none.npz", "--out", tmp_path / "b.npz")
+    assert (code, out) == (2, "") and err == f"kpcore: {tmp_path / 'none.npz'}: no such file or folder\n"
 
 
 @pytest.mark.filterwarnings("default")

@@ -44,7 +44,7 @@ from kpcore.io.layout import deciding, named, of_fields, ranges
 from kpcore.io.table import nameless, points_first, table_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import IO
     from zipfile import ZipFile, ZipInfo
@@ -269,7 +269,7 @@ def _read_stored(file: IO[bytes], name: str, size: int) -> Stored:
     return Stored(name, *_stored(file, name, size))
 
 
-def _blocks(stored: Stored, num: int, size: int, opened: Callable[[], IO[bytes]]) -> Iterator[np.ndarray]:
+def _blocks(stored: Stored, num: int, size: int, opened: Callable[[], IO[bytes]]) -> Generator[np.ndarray]:
     """(n, row bytes) uint8 of rows of an array, as many at a time as records of this size.
 
     `opened` opens the file or member; it is called once for each column of an array in which the first index changes
@@ -481,7 +481,7 @@ def label_field(source: Path, label: str | None, into: str | None, extra: Mappin
         no_records = (np.empty((end - first, 0), np.uint8) for first, end in ranges(num, 1))
         return write_records(out, pieces_of(labels, kept, extra), 1, no_records)
 
-    def write_records(out: Path, pieces: Pieces, size: int, of_file: Iterator[np.ndarray]) -> list[str]:
+    def write_records(out: Path, pieces: Pieces, size: int, of_file: Generator[np.ndarray]) -> list[str]:
         """The new values are on disk until all are made, as members of an archive are written one after the other."""
         with zipfile.ZipFile(source) as before, ExitStack() as stack:
             check_unchanged(before.fp, state)
@@ -491,6 +491,8 @@ def label_field(source: Path, label: str | None, into: str | None, extra: Mappin
                 for other, where in places.items()
                 if where is not None
             }
+            for open_members in (*earlier.values(), of_file):  # which an exception would leave open
+                stack.callback(open_members.close)
             first = 0
             for records in of_file:
                 records.flags.writeable = False
