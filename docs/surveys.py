@@ -4,7 +4,7 @@
 
 Files of the made-up city, as one file, in 4 tiles, in 9 tiles and in 4 tiles with buffers, are labelled as a survey
 with each engine, undisturbed and with --resume after the process was killed amid the work. Each row counts the points
-whose label or confidence differs from the whole as one file in memory, which should be 0.
+of which the label or confidence differs from that in one file in memory, which should be 0.
 """
 
 import argparse

@@ -129,14 +129,14 @@ def _opened_other(path: Path, columns: tuple[str, ...] | None) -> Scan:
         _, modified = las.state_of(file)
     columns = columns if suffix in TABLES else None
     try:
-        found = LAYOUTS[suffix][0](path, size, Request(columns=columns))
+        described = LAYOUTS[suffix][0](path, size, Request(columns=columns))
     except OtherColumns:
-        found, columns = LAYOUTS[suffix][0](path, size, Request()), None
-    if not found.num:
+        described, columns = LAYOUTS[suffix][0](path, size, Request()), None
+    if not described.num:
         raise ReadError("holds no points")
     return Scan(
-        os.path.abspath(path), size, modified, found.num, found.size, None, None, None, None, False, False,
-        found.dimensions, layout=found, columns=columns,
+        os.path.abspath(path), size, modified, described.num, described.size, None, None, None, None, False, False,
+        described.dimensions, layout=described, columns=columns,
     )  # fmt: skip
 
 

@@ -432,13 +432,13 @@ def processes(workers: int, *, memory: int | None = None) -> Engine:
     context = multiprocessing.get_context("spawn")
     threads = max(1, config.get_num_threads() // workers)
     pool: ProcessPoolExecutor | None = None
-    theirs: Any = None  # the ends of a pipe: when this process closes `ours` the others end
-    ours: Any = None
+    worker_end: Any = None  # the ends of a pipe: when this process closes `parent_end` the others end
+    parent_end: Any = None
 
     def start(attempts: int) -> None:
-        nonlocal pool, ours, theirs
-        theirs, ours = context.Pipe(duplex=False)
-        pool = ProcessPoolExecutor(workers, context, _begin_worker, (theirs, threads, memory))
+        nonlocal pool, parent_end, worker_end
+        worker_end, parent_end = context.Pipe(duplex=False)
+        pool = ProcessPoolExecutor(workers, context, _begin_worker, (worker_end, threads, memory))
         try:
             for ready in [pool.submit(machine) for _ in range(workers)]:  # a submission starts a process
                 ready.result()
@@ -453,9 +453,9 @@ def processes(workers: int, *, memory: int | None = None) -> Engine:
     def end() -> None:
         nonlocal pool
         if pool:
-            ours.close()
+            parent_end.close()
             pool.shutdown(wait=True, cancel_futures=True)
-            theirs.close()
+            worker_end.close()
             pool = None
 
     def renew() -> None:
@@ -483,22 +483,22 @@ def _no_start() -> RuntimeError:
                         'under if __name__ == "__main__":')  # fmt: skip
 
 
-def _begin_worker(theirs: Any, threads: int, memory: int | None) -> None:
+def _begin_worker(worker_end: Any, threads: int, memory: int | None) -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches all processes of a terminal; the first one ends the others
-    threading.Thread(target=_end_with_parent, args=(theirs,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(worker_end,), daemon=True).start()
     config.set_num_threads(threads)
     config.set_memory_limit(memory)
 
 
-def _end_with_parent(theirs: Any) -> None:
+def _end_with_parent(worker_end: Any) -> None:
     """End this process, also amid a task, when the parent closes its end of the pipe or is killed.
 
     The workers of a ProcessPoolExecutor would otherwise wait for ever for a parent that was killed.
     """
     with contextlib.suppress(EOFError, OSError):
-        theirs.recv()
+        worker_end.recv()
     os._exit(1)
 
 
