@@ -484,9 +484,8 @@ def _no_start() -> RuntimeError:
 
 
 def _begin_worker(worker_end: Any, threads: int, memory: int | None) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all processes of a terminal; the first one ends the others
+    # Ctrl-C reaches all processes of a terminal; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(worker_end,), daemon=True).start()
     config.set_num_threads(threads)
     config.set_memory_limit(memory)
