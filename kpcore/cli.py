@@ -1077,7 +1077,7 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
     from kpcore.pipeline import filenames, surveys
 
     sources = args.files if copies is None else [*copies]
-    asked = [
+    for_surveys = [
         f"--{name}" for name in ("around", "together", "workers", "dask", "probabilities", "scratch")
         if getattr(args, name) not in (None, False)
     ]  # fmt: skip
@@ -1088,8 +1088,8 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
         if not other.exists():
             raise Refused(f"--around: {other}: no such file or folder")
     if why_not := _why_no_survey(args, model, sources):
-        if asked:
-            raise Refused(f"{asked[0]}: only valid for a survey, or a scan that is labelled in parts: {why_not}")
+        if for_surveys:
+            raise Refused(f"{for_surveys[0]}: only valid for a survey, or a scan that is labelled in parts: {why_not}")
         if len(sources) > 1:
             say(f"each of the {len(sources):,} files is labelled by itself: {why_not}")
         return None
@@ -1108,10 +1108,10 @@ def _survey(args: argparse.Namespace, model: Model, copies: dict[Path, Path] | N
     if len(headers) > 1:
         say(decision.reason)
     if not decision.together:
-        if asked:
-            raise Refused(f"{asked[0]}: only valid for a survey: {decision.reason}")
+        if for_surveys:
+            raise Refused(f"{for_surveys[0]}: only valid for a survey: {decision.reason}")
         return None
-    if (copies is None or headers[0].layout) and not asked and not _is_large(args, headers[0]):
+    if (copies is None or headers[0].layout) and not for_surveys and not _is_large(args, headers[0]):
         return None
     with Progress("reading", width=12) as progress:
         return _segment_survey(args, model, sources, args.out, progress)

@@ -698,7 +698,7 @@ class _Run:
         self.all_points = max(1.0, sum(self.points_of[group] for group in left))
         ready = [("file", number) for number in self.groups_of if number not in self.written and self._is_ready(number)]
         tasks = [*map(self._task_of_file, [number for _, number in ready]), *map(self._task_of_group, left)]
-        self.asked = {number for _, number in ready}
+        self.scheduled = {number for _, number in ready}  # files with a task that writes them
         work = functools.partial(_work, str(self.folder))
         for _ in engine.run(work, tasks, instruction_set=self.instruction_set, after=self._after, beside=_is_file):
             pass
@@ -777,7 +777,7 @@ class _Run:
                 return []
             # Of results that hold no longer; it may have replaced a later copy.
             self.written.pop(number, None)
-            self.asked.discard(number)
+            self.scheduled.discard(number)
             return self._files_that_are_ready([number])
         if outcome["inputs"] != self.inputs[number]:  # a file has failed meanwhile, and the group waits again
             return []
@@ -790,8 +790,8 @@ class _Run:
     def _files_that_are_ready(self, numbers: Sequence[int]) -> list[tuple[Any, ...]]:
         tasks = []
         for one in numbers:
-            if one in self.groups_of and one not in self.asked and self._is_ready(one):
-                self.asked.add(one)
+            if one in self.groups_of and one not in self.scheduled and self._is_ready(one):
+                self.scheduled.add(one)
                 tasks.append(self._task_of_file(one))
         return tasks
 
@@ -808,7 +808,7 @@ class _Run:
             self.abouts.pop(group, None)
             for one in self.touches[group]:
                 self.written.pop(one, None)
-                self.asked.discard(one)
+                self.scheduled.discard(one)
         return [
             self._task_of_group(group) for group in again if any(one in self.groups_of for one in self.touches[group])
         ]
